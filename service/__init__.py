@@ -1,0 +1,1 @@
+"""Chat History Database: the service in which AI agents keep their conversations."""

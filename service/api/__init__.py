@@ -1,0 +1,1 @@
+"""The HTTP API: parse, one call of the service, shape the answer."""

@@ -1,0 +1,100 @@
+"""The routes of conversations."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.responses import Response
+
+from service import errors
+from service.api import bodies, schemas
+from service.api.needs import Chat, ConversationId, no_query, no_repeats, page_items
+from service.api.problems import answers
+from service.api.schemas import (
+    ConversationChanges,
+    ConversationOut,
+    ConversationPage,
+    ListQuery,
+    NewConversation,
+    OwnerQuery,
+    json_response,
+)
+from service.chat_service import UNSET
+
+router = APIRouter(tags=["conversations"], dependencies=[Depends(no_repeats)])
+Owner = Annotated[OwnerQuery, Query()]
+
+
+@router.post(
+    "/conversations",
+    status_code=201,
+    dependencies=[Depends(no_query)],
+    response_model=ConversationOut,
+    openapi_extra=bodies.described(NewConversation),
+    responses={
+        200: {"model": ConversationOut, "description": "The one that this user has under this id."},
+        201: {"headers": {"Location": {"schema": {"type": "string"}}}},
+        **answers(errors.ConversationIdTaken, *bodies.PROBLEMS),
+    },
+)
+async def create_conversation(request: Request, chat: Chat) -> Response:
+    """Get or create a conversation."""
+    body = await bodies.read_body(request, NewConversation)
+    conversation, created = await chat.get_or_create_conversation(
+        body.user_id, body.id, title=body.title, metadata=body.metadata
+    )
+    headers = {"Location": f"/conversations/{conversation.id}"} if created else {}
+    return json_response(schemas.conversation_out(conversation), 201 if created else 200, headers)
+
+
+@router.get("/conversations", response_model=ConversationPage, responses=answers())
+async def list_conversations(request: Request, chat: Chat, query: Annotated[ListQuery, Query()]) -> Response:
+    """List a user's conversations, latest activity first."""
+    page_items(request, "limit", query.limit)
+    after = schemas.position(query.cursor) if query.cursor is not None else None
+    page = await chat.list_conversations(query.user_id, limit=query.limit, after=after)
+    return json_response(schemas.conversation_page(page))
+
+
+@router.get(
+    "/conversations/{conversation_id}",
+    response_model=ConversationOut,
+    responses=answers(errors.ConversationNotFound),
+)
+async def get_conversation(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
+    """Read a conversation."""
+    found = await chat.get_conversation(conversation_id, owner.user_id)
+    return json_response(schemas.conversation_out(found))
+
+
+@router.patch(
+    "/conversations/{conversation_id}",
+    response_model=ConversationOut,
+    openapi_extra=bodies.described(ConversationChanges),
+    responses=answers(errors.ConversationNotFound, *bodies.PROBLEMS),
+)
+async def update_conversation(
+    request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner
+) -> Response:
+    """Change the title, or the metadata as a whole."""
+    body = await bodies.read_body(request, ConversationChanges)
+    given = body.model_fields_set
+    changed = await chat.update_conversation(
+        conversation_id,
+        owner.user_id,
+        title=body.title if "title" in given else UNSET,
+        metadata=body.metadata if "metadata" in given else UNSET,
+    )
+    return json_response(schemas.conversation_out(changed))
+
+
+@router.delete(
+    "/conversations/{conversation_id}",
+    status_code=204,
+    responses=answers(errors.ConversationNotFound),
+)
+async def delete_conversation(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
+    """Delete a conversation with all its messages."""
+    await chat.delete_conversation(conversation_id, owner.user_id)
+    return Response(status_code=204)

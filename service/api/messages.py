@@ -1,0 +1,183 @@
+"""The routes of messages."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.responses import Response, StreamingResponse
+
+from service import errors
+from service.api import bodies, schemas
+from service.api.needs import Chat, ConversationId, IdempotencyKey, MessageId, no_repeats, page_items
+from service.api.problems import answers
+from service.api.schemas import (
+    CutQuery,
+    HistoryQuery,
+    MessageOut,
+    MessagePage,
+    NewMessage,
+    NewMessages,
+    OwnerQuery,
+    json_response,
+)
+from service.chat_service import Appended, ChatService, Json
+from service.errors import Fault, InvalidRequest
+
+NDJSON = "application/x-ndjson"
+router = APIRouter(
+    prefix="/conversations/{conversation_id}/messages",
+    tags=["messages"],
+    dependencies=[Depends(no_repeats)],
+)
+Owner = Annotated[OwnerQuery, Query()]
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=MessageOut | MessagePage,
+    openapi_extra=bodies.described(NewMessage, NewMessages),
+    responses={
+        200: {
+            "model": MessageOut | MessagePage,
+            "description": "An earlier request had stored this.",
+            "headers": {"Idempotent-Replayed": {"schema": {"const": "true"}}},
+        },
+        **answers(
+            errors.ConversationNotFound,
+            errors.IdempotencyConflict,
+            errors.BatchTooLarge,
+            errors.StorageFull,
+            *bodies.PROBLEMS,
+        ),
+    },
+)
+async def append(
+    request: Request,
+    chat: Chat,
+    conversation_id: ConversationId,
+    owner: Owner,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Append one message (the object), or a batch (`{"messages": [...]}`)."""
+    body = await bodies.read_json(request)
+    if isinstance(body, dict) and "messages" in body and "role" not in body:
+        batch = _batch(body)
+        appended = await chat.add_messages(conversation_id, batch, owner.user_id, idempotency_key=key)
+        return _answer(appended, {"data": appended.messages, "has_more": False, "next": None})
+    appended = await chat.add_message(conversation_id, body, owner.user_id, idempotency_key=key)
+    return _answer(appended, appended.messages[0])
+
+
+def _batch(body: dict[str, Any]) -> list[Any]:
+    unknown = [Fault(f"$.{name}", "is not known here") for name in body if name != "messages"]
+    if unknown:
+        raise InvalidRequest("A batch has `messages` and nothing else.", unknown)
+    if not isinstance(body["messages"], list):
+        raise InvalidRequest("", [Fault("$.messages", "must be a list of messages")])
+    return body["messages"]
+
+
+def _answer(appended: Appended, body: Json) -> Response:
+    if appended.replayed:
+        return json_response(body, 200, {"Idempotent-Replayed": "true"})
+    return json_response(body, 201)
+
+
+@router.get(
+    "",
+    response_model=MessagePage,
+    responses={
+        200: {
+            "description": "A page; with `Accept: application/x-ndjson`, every message, one a line.",
+            "content": {NDJSON: {"schema": {"type": "string"}}},
+        },
+        **answers(errors.ConversationNotFound),
+    },
+)
+async def history(
+    request: Request,
+    chat: Chat,
+    conversation_id: ConversationId,
+    query: Annotated[HistoryQuery, Query()],
+) -> Response:
+    """Read the history, oldest first."""
+    _refuse_contradictions(query)
+    filters = query.model_dump(exclude={"user_id", "last", "order"})
+    filters["order"] = query.order or "asc"
+    if query.last is None and _wants_lines(request):
+        return await _stream(chat, conversation_id, query.user_id, filters)
+    page_items(request, "limit", query.limit)
+    page_items(request, "last", query.last)
+    page = await chat.get_chat_history(conversation_id, query.user_id, last=query.last, **filters)
+    if _wants_lines(request):
+        return Response(_lines(page.messages), media_type=NDJSON)
+    return json_response(schemas.message_page(page))
+
+
+def _refuse_contradictions(query: HistoryQuery) -> None:
+    if query.last is not None and (query.limit is not None or query.order is not None):
+        why = "asks for the newest messages, oldest first; not with limit or order"
+        raise InvalidRequest(f"query.last {why}.", [Fault("query.last", why)])
+
+
+def _wants_lines(request: Request) -> bool:
+    accepted = request.headers.get("accept", "").lower()
+    return any(each.split(";")[0].strip() == NDJSON for each in accepted.split(","))
+
+
+async def _stream(
+    chat: ChatService, conversation_id: str, user_id: str | None, filters: dict[str, Any]
+) -> Response:
+    """Stream a history; what can be refused is refused before the first byte of the answer."""
+    parts = chat.stream_chat_history(conversation_id, user_id, **filters)
+    first = await anext(parts)
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield _lines(first)
+        # An error in here ends the connection without the last chunk, so that no client takes a
+        # history that was cut short for a whole one.
+        async for part in parts:
+            yield _lines(part)
+
+    return StreamingResponse(lines(), media_type=NDJSON)
+
+
+def _lines(messages: list[Json]) -> bytes:
+    return b"".join(schemas.dumps(message) + b"\n" for message in messages)
+
+
+@router.delete("", status_code=204, responses=answers(errors.ConversationNotFound))
+async def cut_off(
+    chat: Chat, conversation_id: ConversationId, query: Annotated[CutQuery, Query()]
+) -> Response:
+    """Cut off the end of a conversation after a seq, or clear it."""
+    await chat.delete_messages(conversation_id, query.user_id, after=query.after or 0)
+    return Response(status_code=204)
+
+
+@router.get(
+    "/{message_id}",
+    response_model=MessageOut,
+    responses=answers(errors.ConversationNotFound, errors.MessageNotFound),
+)
+async def get_message(
+    chat: Chat, conversation_id: ConversationId, message_id: MessageId, owner: Owner
+) -> Response:
+    """Read one message."""
+    return json_response(await chat.get_message(conversation_id, message_id, owner.user_id))
+
+
+@router.delete(
+    "/{message_id}",
+    status_code=204,
+    responses=answers(errors.ConversationNotFound, errors.MessageNotFound),
+)
+async def delete_message(
+    chat: Chat, conversation_id: ConversationId, message_id: MessageId, owner: Owner
+) -> Response:
+    """Delete one message."""
+    await chat.delete_message(conversation_id, message_id, owner.user_id)
+    return Response(status_code=204)

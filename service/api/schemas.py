@@ -1,0 +1,212 @@
+"""Bodies in and out, as the API says them; no document of the database leaves the service."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from starlette.responses import Response
+
+from service.chat_service import ConversationList, History, ListPosition
+from service.documents import Conversation, Id, MessageFields, Role, Seq, Title
+from service.errors import Fault, InvalidRequest
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def _plain_digits(value: Any) -> Any:
+    """Refuse what `int` would also take: signs, spaces, underscores, other scripts' digits."""
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
+        raise ValueError("must be digits only")
+    return value
+
+
+Digits = BeforeValidator(_plain_digits, json_schema_input_type=int)
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NewConversation(_Closed):
+    """A conversation to get or create."""
+
+    user_id: Id
+    id: Id | None = Field(None, description="An id of your own; without it a new one is made.")
+    title: Title | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class ConversationChanges(_Closed):
+    """What to change; what is left out stays, null clears."""
+
+    title: Title | None = None
+    metadata: dict[str, Any] | None = Field(None, description="Replaces the metadata as a whole.")
+
+
+class NewMessage(MessageFields):
+    """A message to append. Fields that are not named here are kept as they are."""
+
+    id: Id | None = Field(
+        None,
+        description="An id of your own, unique in its conversation; it makes the append repeatable.",
+        json_schema_extra={"anyOf": None},
+    )
+
+
+class NewMessages(_Closed):
+    """A batch of messages, appended whole or not at all."""
+
+    messages: list[NewMessage] = Field(min_length=1, max_length=1_000)
+
+
+class ConversationOut(BaseModel):
+    """A conversation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+    user_id: Id
+    title: str | None
+    metadata: dict[str, Any]
+    created_at: AwareDatetime
+    updated_at: AwareDatetime
+    last_seq: Seq
+    message_count: Seq
+
+
+class MessageOut(MessageFields):
+    """A stored message: what the service says of it, then the fields that were sent, in their order."""
+
+    id: Id
+    conversation_id: Id
+    user_id: Id
+    seq: Annotated[int, Field(ge=1)]
+    created_at: AwareDatetime
+
+
+class ConversationPage(BaseModel):
+    """A page of conversations; `next` is the cursor to go on with."""
+
+    data: list[ConversationOut]
+    has_more: bool
+    next: str | None
+
+
+class MessagePage(BaseModel):
+    """A page of messages; `next` is the seq to go on from."""
+
+    data: list[MessageOut]
+    has_more: bool
+    next: int | None
+
+
+class Health(BaseModel):
+    """How the service is."""
+
+    status: Literal["live", "ready"]
+
+
+class ListQuery(BaseModel):
+    """The query of the list of conversations."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: Id
+    limit: Annotated[int, Digits, Field(ge=1)] | None = None
+    cursor: Annotated[str, Field(max_length=512)] | None = None
+
+
+class OwnerQuery(BaseModel):
+    """The query that every call on a conversation may carry."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: Id | None = Field(None, description="Then the conversation must be this user's.")
+
+
+class CutQuery(OwnerQuery):
+    """The query of cutting off the end of a conversation."""
+
+    after: Annotated[Seq, Digits] | None = Field(
+        None, description="Keep the messages up to this seq; without it all are deleted."
+    )
+
+
+class HistoryQuery(OwnerQuery):
+    """The query of a history."""
+
+    limit: Annotated[int, Digits, Field(ge=1, le=2**63 - 1)] | None = None
+    after: Annotated[Seq, Digits] | None = Field(None, description="Only seqs above this one.")
+    before: Annotated[Seq, Digits] | None = Field(None, description="Only seqs below this one.")
+    last: Annotated[int, Digits, Field(ge=1, le=2**63 - 1)] | None = Field(
+        None, description="The newest so many, oldest first; not with limit or order."
+    )
+    order: Literal["asc", "desc"] | None = None
+    since: AwareDatetime | None = Field(None, description="From this time on, it included.")
+    until: AwareDatetime | None = Field(None, description="Up to this time, it included.")
+    role: Role | None = None
+
+
+# -- answers ---------------------------------------------------------------------------------------
+
+
+def timestamp(time: datetime) -> str:
+    """Say a time as RFC 3339, UTC, in milliseconds."""
+    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{time.microsecond // 1000:03d}Z"
+
+
+def dumps(value: Any) -> bytes:
+    """Encode an answer as JSON; its only values that are not JSON are times."""
+    return orjson.dumps(value, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with JSON, without a detour through models: what is stored was checked when it came."""
+    return Response(dumps(value), status, dict(headers or {}), "application/json")
+
+
+def conversation_out(conversation: Conversation) -> dict[str, Any]:
+    """Shape a conversation as ConversationOut."""
+    return {name: getattr(conversation, name) for name in ConversationOut.model_fields}
+
+
+def conversation_page(page: ConversationList) -> dict[str, Any]:
+    """Shape a page as ConversationPage."""
+    return {
+        "data": [conversation_out(each) for each in page.conversations],
+        "has_more": page.has_more,
+        "next": cursor(page.next) if page.next else None,
+    }
+
+
+def message_page(page: History) -> dict[str, Any]:
+    """Shape a page as MessagePage."""
+    return {"data": page.messages, "has_more": page.has_more, "next": page.next}
+
+
+def cursor(position: ListPosition) -> str:
+    """Write a position of the list as an opaque word for URLs."""
+    ms = (position.updated_at - _EPOCH) // timedelta(milliseconds=1)
+    return base64.urlsafe_b64encode(f"{ms}:{position.conversation_id}".encode()).decode().rstrip("=")
+
+
+def position(cursor: str) -> ListPosition:
+    """Read a cursor back. Raises InvalidRequest for any that this service did not write."""
+    try:
+        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode()
+        ms, _, conversation_id = text.partition(":")
+        updated_at = _EPOCH + timedelta(milliseconds=int(ms))
+    except (binascii.Error, ValueError, OverflowError) as error:
+        raise _not_a_cursor() from error
+    return ListPosition(updated_at, conversation_id)
+
+
+def _not_a_cursor() -> InvalidRequest:
+    why = "is not a cursor of this service"
+    return InvalidRequest(f"query.cursor {why}.", [Fault("query.cursor", why)])

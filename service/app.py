@@ -1,0 +1,112 @@
+"""Puts the service together: its resources, its routes, its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.types import Receive, Scope, Send
+
+from service import logs
+from service.api import conversations, health, messages, problems
+from service.api.schemas import ConversationChanges, NewConversation, NewMessage, NewMessages
+from service.chat_service import ChatService
+from service.database import Database
+from service.errors import ChatHistoryError
+from service.settings import Settings
+
+_UNFINISHED_DELETIONS_EVERY_S = 60.0
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application; it connects to nothing before its lifespan begins."""
+    settings = settings or Settings()
+    logs.configure(settings)
+    app = FastAPI(
+        title="Chat History Database",
+        version=version("chat-history-database"),
+        description="Keeps the conversations of AI agents: natively, exactly, in order, exactly once.",
+        lifespan=_lifespan,
+        redirect_slashes=False,
+    )
+    app.state.settings = settings
+    app.include_router(conversations.router)
+    app.include_router(messages.router)
+    app.include_router(health.router)
+    problems.install(app, settings.retry_after_s)
+    app.add_middleware(logs.RequestLog, on_failure=_failed)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+async def _failed(scope: Scope, receive: Receive, send: Send) -> None:
+    error = ChatHistoryError("An error that the service did not expect; its log has the place.")
+    await problems.problem(error)(scope, receive, send)
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Open the resources, and close them in reverse."""
+    settings: Settings = app.state.settings
+    async with contextlib.AsyncExitStack() as stack:
+        app.state.database = Database(settings)
+        await app.state.database.open()
+        stack.push_async_callback(app.state.database.close)
+        app.state.chat = ChatService(app.state.database, settings)
+        stack.push_async_callback(_cancel, asyncio.create_task(_finish_deletions(app.state.chat)))
+        _stop_with_parent()
+        yield
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _finish_deletions(chat: ChatService) -> None:
+    """Take up interrupted deletions, now and every minute."""
+    while True:
+        try:
+            if count := await chat.finish_deletions():
+                log.info("deletions_finished", conversations=count)
+        except ChatHistoryError as error:
+            log.debug("deletions_postponed", problem=error.slug())
+        await asyncio.sleep(_UNFINISHED_DELETIONS_EVERY_S)
+
+
+def _stop_with_parent() -> None:
+    """Let a worker process end when the process that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        asyncio.get_running_loop().add_reader(parent.sentinel, os.kill, os.getpid(), signal.SIGTERM)
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """Describe the API, with the schemas of the bodies that the routes read themselves."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        models = (NewConversation, ConversationChanges, NewMessage, NewMessages, problems.Problem)
+        _, definitions = models_json_schema(
+            [(model, "validation") for model in models],
+            ref_template="#/components/schemas/{model}",
+        )
+        components = schema.setdefault("components", {}).setdefault("schemas", {})
+        components.update(definitions["$defs"])
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components.pop(unused, None)
+        app.openapi_schema = schema
+    return app.openapi_schema

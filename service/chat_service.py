@@ -1,0 +1,958 @@
+"""Every rule and every query of the service; knows no HTTP.
+
+The model. A conversation has one owner and a counter, `last_seq`. A message belongs to one conversation
+and has a place in it, `seq`, that it never leaves. The invariants, each with the test that proves it
+(tests/integration):
+
+- `seq` is 1, 2, 3 … in the order of commits; a reader that has seen n + 1 will never find a new n or
+  less (test_concurrency).
+- All messages of one append commit together with the counters that count them, and stand together
+  (test_concurrency).
+- `created_at` never decreases along `seq`, whatever the clocks of several processes say (test_history).
+- An append that is repeated with its key, or with its ids, is stored once (test_idempotency).
+- A message always has its conversation: an append and a deletion of the conversation exclude each other
+  (test_concurrency).
+- A read costs what it returns, not what it passes over (test_flat_cost).
+
+One append is one transaction. Its first statement updates the conversation, which locks it against every
+other append, so that no two can take the same `seq`; then it reads what it took, inserts, and commits.
+Appends to one conversation wait for each other inside this process (`_turns`), because waiting is cheaper
+than colliding; those of other processes collide, and are run again.
+
+A message's id is known before the first attempt: the caller's own, or made from the idempotency key, or
+random. That is what makes every repetition safe, our own included: the id is already there or it is not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from weakref import WeakValueDictionary
+
+import bson
+from pydantic import TypeAdapter, ValidationError
+from pymongo import ASCENDING, DESCENDING
+from pymongo.errors import DuplicateKeyError
+from pymongo.results import UpdateResult
+
+from service import payloads
+from service.database import Database, Transaction
+from service.documents import (
+    NOBODY,
+    OWNED_FIELDS,
+    Conversation,
+    Id,
+    Message,
+    MessageFields,
+    Role,
+    Title,
+)
+from service.errors import (
+    ConversationIdTaken,
+    ConversationNotFound,
+    DatabaseUnavailable,
+    Fault,
+    IdempotencyConflict,
+    InvalidRequest,
+    MessageNotFound,
+)
+from service.payloads import Path
+from service.settings import DELETE_BATCH_ITEMS, WINDOW_SEQS_MAX, Settings
+
+Json = dict[str, Any]
+Order = Literal["asc", "desc"]
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# How many messages one read fetches before it looks at how large they are.
+_CHUNK_ITEMS = 128
+# A time range begins where a search by halves has come this near, and the index of times does the rest.
+_HALVING_SEQS = 64
+# The list's first window of time on an engine that reads its whole match, and how it grows.
+_LIST_WINDOW = timedelta(seconds=1)
+_LIST_WINDOW_GROWTH = 8
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+_FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
+
+UNSET: Any = object()
+
+
+@dataclass(frozen=True)
+class Appended:
+    """The stored messages, in order, and whether an earlier request had stored them."""
+
+    messages: list[Json]
+    replayed: bool
+
+
+@dataclass(frozen=True)
+class History:
+    """A page of messages; `next` is the `seq` to go on from while `has_more`."""
+
+    messages: list[Json]
+    has_more: bool
+    edge: int | None
+
+    @property
+    def next(self) -> int | None:
+        """The `seq` to continue from, or None where nothing follows."""
+        return self.edge if self.has_more else None
+
+
+@dataclass(frozen=True)
+class Span:
+    """What part of a history is meant: `low` < seq <= `high`, of one role or of all."""
+
+    conversation_id: str
+    low: int
+    high: int
+    role: Role | None = None
+
+    def query(self) -> Json:
+        """Say it as a filter that one index serves, bounded on both sides."""
+        query: Json = {"conversation_id": self.conversation_id}
+        if self.role is not None:
+            query["role"] = self.role
+        query["seq"] = {"$gt": self.low, "$lte": self.high}
+        return query
+
+    def between(self, low: int, high: int) -> Span:
+        """Return the part of it that lies in `low` < seq <= `high`."""
+        return Span(self.conversation_id, max(low, self.low), min(high, self.high), self.role)
+
+
+@dataclass(frozen=True)
+class ListPosition:
+    """Where a list of conversations stands: after the one with these two."""
+
+    updated_at: datetime
+    conversation_id: str
+
+
+@dataclass(frozen=True)
+class ConversationList:
+    """A page of conversations, latest activity first, and whether any follow."""
+
+    conversations: list[Conversation]
+    has_more: bool
+
+    @property
+    def next(self) -> ListPosition | None:
+        """The position to continue from, or None where nothing follows."""
+        if not self.has_more:
+            return None
+        last = self.conversations[-1]
+        return ListPosition(last.updated_at, last.id)
+
+
+@dataclass(frozen=True)
+class _NewMessage:
+    """A message on its way in: its id, and its fields as BSON, checked and encoded once."""
+
+    id: str
+    fields: bytes
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one append brings; `follower` is the id that a longer batch of the same key would go on with."""
+
+    messages: list[_NewMessage]
+    follower: str | None
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of its messages, in order."""
+        return [message.id for message in self.messages]
+
+
+def _in_one_call(
+    method: Callable[Concatenate[ChatService, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[ChatService, P], Coroutine[Any, Any, T]]:
+    """Give a verb one deadline for all its database work, and our errors instead of the driver's."""
+
+    @functools.wraps(method)
+    async def bounded(self: ChatService, *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._database.call():
+            return await method(self, *args, **kwargs)
+
+    return bounded  # type: ignore[return-value]  # mypy calls the same type by another name
+
+
+class ChatService:
+    """The verbs of the service, for the HTTP routes and for Python callers alike.
+
+    Wherever a `user_id` may be given, the conversation must be that user's; one that is not raises
+    ConversationNotFound, just as one that does not exist. Every verb may raise DatabaseUnavailable.
+    Messages are plain dicts: `id`, `conversation_id`, `user_id`, `seq` (int), `created_at` (aware
+    datetime, UTC, milliseconds), then the caller's fields in the caller's order.
+    """
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        self._database = database
+        self._settings = settings
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    # -- conversations -----------------------------------------------------------------------------
+
+    @_in_one_call
+    async def get_or_create_conversation(
+        self,
+        user_id: str,
+        conversation_id: str | None = None,
+        *,
+        title: str | None = None,
+        metadata: Json | None = None,
+    ) -> tuple[Conversation, bool]:
+        """Return the user's conversation under this id and False, or a new one and True.
+
+        Title and metadata are those of a new one; an existing one stays as it is. Raises
+        ConversationIdTaken where the id is somebody else's, InvalidRequest for what cannot be stored.
+        """
+        _validate(_ID, user_id, "user_id")
+        _validate(_TITLE, title, "title")
+        if conversation_id is not None:
+            _validate(_ID, conversation_id, "id")
+        wanted = self._new_conversation(conversation_id, user_id, title, metadata or {})
+        existing = await self._existing(wanted) if conversation_id is not None else None
+        return (existing, False) if existing else await self._create(wanted)
+
+    def _new_conversation(
+        self, conversation_id: str | None, user_id: str, title: str | None, metadata: Json
+    ) -> Conversation:
+        now = _now()
+        return Conversation(
+            id=conversation_id or f"conv_{secrets.token_hex(12)}",
+            user_id=user_id,
+            title=title,
+            **self._metadata_fields(metadata),
+            created_at=now,
+            updated_at=now,
+        )
+
+    def _metadata_fields(self, metadata: Json) -> Json:
+        """Check metadata, and return it with its exact copy where the engine would bend it."""
+        if not isinstance(metadata, dict):
+            raise _invalid(("metadata",), "must be an object")
+        raw = payloads.encode({"metadata": metadata}, keep_exact_copy=False)
+        bent = self._database.embedded_engine and payloads.bends(raw)
+        return {"metadata": metadata, "exact_metadata": raw if bent else None}
+
+    async def _existing(self, wanted: Conversation) -> Conversation | None:
+        """Find what stands under this id; somebody else's is a conflict, not a secret: ids are chosen."""
+        found = await Conversation.find_one({"_id": wanted.id})
+        if found is None:
+            return None
+        if found.user_id == NOBODY:
+            await self._finish_deletion(wanted.id)
+            return None
+        if found.user_id != wanted.user_id:
+            raise ConversationIdTaken(f"The id {wanted.id} is not free; choose another.")
+        return _exactly(found)
+
+    async def _create(self, wanted: Conversation) -> tuple[Conversation, bool]:
+        async def insert(transaction: Transaction) -> None:
+            await wanted.insert(session=transaction.session)
+
+        transaction = Transaction()
+        try:
+            await self._database.transaction(insert, transaction)
+        except DuplicateKeyError:
+            # Another request was faster, or our own first attempt was, whose answer was lost.
+            existing = await self._existing(wanted)
+            if existing is None:
+                return await self._create(wanted)
+            return existing, transaction.may_have_committed
+        return wanted, True
+
+    @_in_one_call
+    async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:
+        """Return the conversation. Raises ConversationNotFound."""
+        return await self._conversation(conversation_id, user_id)
+
+    @_in_one_call
+    async def update_conversation(
+        self,
+        conversation_id: str,
+        user_id: str | None = None,
+        *,
+        title: str | None = UNSET,
+        metadata: Json | None = UNSET,
+    ) -> Conversation:
+        """Set the title, or the metadata as a whole, and return the conversation as it then stands.
+
+        What is not given stays as it is; None clears it. Raises ConversationNotFound, InvalidRequest.
+        """
+        changes: Json = {}
+        if title is not UNSET:
+            changes["title"] = _validate(_TITLE, title, "title")
+        if metadata is not UNSET:
+            changes |= self._metadata_fields(metadata if metadata is not None else {})
+        if not changes:
+            return await self._conversation(conversation_id, user_id)
+
+        async def update(transaction: Transaction) -> Conversation:
+            return await self._lock(transaction, _owned(conversation_id, user_id), {"$set": changes})
+
+        return _exactly(await self._write(conversation_id, update))
+
+    @_in_one_call
+    async def list_conversations(
+        self, user_id: str, *, limit: int | None = None, after: ListPosition | None = None
+    ) -> ConversationList:
+        """Return a page of the user's conversations, latest activity first, after a position."""
+        limit = self._page_items(limit)
+        found: list[Conversation] = []
+        if after is not None:
+            # Those of the very millisecond at which the page before ended come first, by their ids.
+            same_time = {
+                "user_id": user_id,
+                "updated_at": after.updated_at,
+                "_id": {"$gt": after.conversation_id},
+            }
+            found = await self._listed(same_time, limit + 1)
+        for begin, end in self._list_windows(after):
+            if len(found) > limit:
+                break
+            query = list_query(user_id, begin, end)
+            found += await self._listed(query, limit + 1 - len(found))
+        return ConversationList([_exactly(each) for each in found[:limit]], len(found) > limit)
+
+    @staticmethod
+    async def _listed(query: Json, limit: int) -> list[Conversation]:
+        return await Conversation.find(query).sort("-updated_at", "+_id").limit(limit).to_list()
+
+    def _list_windows(self, after: ListPosition | None) -> Iterator[tuple[datetime, datetime]]:
+        """Cut the past into windows, newest first: one, or growing ones where a limit saves no reading.
+
+        A clock of another process may be ahead of ours, so the newest window has no end.
+        """
+        end = after.updated_at if after else _FOREVER
+        if not self._database.reads_whole_match:
+            yield _BEGINNING, end
+            return
+        begin, width = min(end, _now()), _LIST_WINDOW
+        while begin > _BEGINNING:
+            begin = begin - width if begin - _BEGINNING > width else _BEGINNING
+            yield begin, end
+            end, width = begin, width * _LIST_WINDOW_GROWTH
+
+    async def delete_conversation(self, conversation_id: str, user_id: str | None = None) -> None:
+        """Delete the conversation with all its messages. Raises ConversationNotFound.
+
+        It is gone for everybody at once. A long one then loses its messages batch by batch; should we
+        die in between, `finish_deletions` takes it up again.
+        """
+
+        async def begin(transaction: Transaction) -> bool:
+            changes = {"$set": {"user_id": NOBODY}}
+            try:
+                found = await self._lock(transaction, _owned(conversation_id, user_id), changes)
+            except ConversationNotFound:
+                if transaction.may_have_committed:
+                    return True  # by ourselves, the answer to which was lost
+                raise
+            if found.message_count <= DELETE_BATCH_ITEMS:
+                await self._remove(transaction, conversation_id)
+            return found.message_count <= DELETE_BATCH_ITEMS
+
+        async with self._database.call():
+            gone = await self._write(conversation_id, begin)
+        if not gone:
+            await self._finish_deletion(conversation_id)
+
+    @staticmethod
+    async def _remove(transaction: Transaction, conversation_id: str) -> None:
+        """Delete what is left: the messages and the conversation commit together, so none is orphaned."""
+        # Beanie's `delete` forgets the session of its `find`: it must be told again, or it would
+        # delete outside of the transaction.
+        session = transaction.session
+        await Message.find({"conversation_id": conversation_id}).delete(session=session)
+        await Conversation.find_one({"_id": conversation_id}).delete(session=session)
+
+    async def _finish_deletion(self, conversation_id: str) -> None:
+        """Remove the messages of a conversation that is nobody's, newest first, and then itself."""
+        nobodys = {"_id": conversation_id, "user_id": NOBODY}
+        async with self._database.call():
+            found = await Conversation.find_one(nobodys)
+        if found is None:
+            return
+        await self._delete_span(Span(conversation_id, 0, found.last_seq), nobodys)
+
+        async def remove(transaction: Transaction) -> None:
+            await self._remove(transaction, conversation_id)
+
+        async with self._database.call():
+            await self._write(conversation_id, remove)
+
+    async def finish_deletions(self) -> int:
+        """Take up the deletions that a crash or an outage interrupted; return how many there were."""
+        async with self._database.call():
+            found = await Conversation.find({"user_id": NOBODY}).to_list()
+        for each in found:
+            await self._finish_deletion(each.id)
+        return len(found)
+
+    # -- appending ---------------------------------------------------------------------------------
+
+    async def add_message(
+        self,
+        conversation_id: str,
+        message: Mapping[str, Any],
+        user_id: str | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> Appended:
+        """Append one message; see `add_messages`, whose errors then begin at the message itself."""
+        return await self._append(conversation_id, [message], [()], user_id, idempotency_key)
+
+    async def add_messages(
+        self,
+        conversation_id: str,
+        messages: Sequence[Mapping[str, Any]],
+        user_id: str | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> Appended:
+        """Append a batch, whole or not at all, and return what is stored.
+
+        A message has a `role` and whatever else JSON can say; its `id` may be the caller's own. A request
+        with a key or with ids may be repeated: it is stored once, and `replayed` then says so. Raises
+        ConversationNotFound, InvalidRequest (with the path of each fault) and IdempotencyConflict.
+        """
+        if not 1 <= len(messages) <= self._settings.batch_items_max:
+            raise _invalid(
+                ("messages",),
+                f"must have 1 to {self._settings.batch_items_max} messages, and has {len(messages)}",
+            )
+        places: list[Path] = [("messages", index) for index in range(len(messages))]
+        return await self._append(conversation_id, messages, places, user_id, idempotency_key)
+
+    async def _append(
+        self,
+        conversation_id: str,
+        messages: Sequence[Mapping[str, Any]],
+        places: Sequence[Path],
+        user_id: str | None,
+        key: str | None,
+    ) -> Appended:
+        async with self._database.call():
+            batch = self._incoming(messages, places, key)
+            transaction = Transaction()
+            try:
+                stored = await self._write(
+                    conversation_id,
+                    functools.partial(self._store, _owned(conversation_id, user_id), batch),
+                    transaction,
+                )
+            except DuplicateKeyError:
+                stored = await self._stored_before(conversation_id, user_id, batch)
+                return Appended(stored, replayed=not transaction.may_have_committed)
+            return Appended(stored, replayed=False)
+
+    def _incoming(
+        self, messages: Sequence[Mapping[str, Any]], places: Sequence[Path], key: str | None
+    ) -> _Batch:
+        """Check every message, name it, and encode it; nothing is stored unless all of them pass."""
+        faults = [f for each, at in zip(messages, places, strict=True) for f in _faults(each, at, key)]
+        if faults:
+            raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults)
+        ids, follower = message_ids(messages, key)
+        _refuse_repeated(ids, places)
+        encoded = [
+            payloads.encode(
+                {name: value for name, value in message.items() if name != "id"},
+                at,
+                keep_exact_copy=self._database.embedded_engine,
+            )
+            for message, at in zip(messages, places, strict=True)
+        ]
+        return _Batch(list(map(_NewMessage, ids, encoded)), follower)
+
+    async def _store(self, owned: Json, batch: _Batch, transaction: Transaction) -> list[Json]:
+        """Take the next seqs and insert: the counters and the messages commit together, or neither."""
+        count = len(batch.messages)
+        taken = {"$inc": {"last_seq": count, "message_count": count}}
+        conversation = await self._lock(transaction, owned, taken)
+        first = conversation.last_seq - count + 1
+        documents = [
+            payloads.splice(_header(conversation, message.id, seq), message.fields)
+            for seq, message in enumerate(batch.messages, first)
+        ]
+        await self._database.insert(Message, documents, transaction.session)
+        return [_public(document) for document in documents]
+
+    async def _stored_before(self, conversation_id: str, user_id: str | None, batch: _Batch) -> list[Json]:
+        """Return what an earlier request stored under these ids, if it was this very request."""
+        conversation = await self._conversation(conversation_id, user_id)
+        first = await self._message(conversation.id, batch.messages[0].id)
+        if first is None:
+            raise IdempotencyConflict("Some of these messages are stored already, and some are not.")
+        low = first["seq"] - 1
+        span = Span(conversation.id, low, low + len(batch.messages))
+        stored = [_public(each) for each in await self._database.read(Message, span.query(), sort=_ASC)]
+        if [each["id"] for each in stored] != batch.ids:
+            raise IdempotencyConflict(
+                "This key or these ids stand for a batch of other messages, or some of it was deleted."
+            )
+        if batch.follower and await self._message(conversation.id, batch.follower):
+            raise IdempotencyConflict("This key stands for a longer batch.")
+        for message, before in zip(batch.messages, stored, strict=True):
+            if not payloads.same(_fields(before), payloads.decode(message.fields)):
+                raise IdempotencyConflict(f"The message {message.id} is stored with other content.")
+        return stored
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @_in_one_call
+    async def get_chat_history(
+        self,
+        conversation_id: str,
+        user_id: str | None = None,
+        *,
+        limit: int | None = None,
+        after: int | None = None,
+        before: int | None = None,
+        last: int | None = None,
+        order: Order = "asc",
+        since: datetime | None = None,
+        until: datetime | None = None,
+        role: Role | None = None,
+    ) -> History:
+        """Return a page of messages, oldest first, or newest first with `order="desc"`.
+
+        `after` and `before` are seqs, exclusive; `since` and `until` are times, inclusive; `last` asks
+        for the newest so many, oldest first, in place of `limit` and `order`. A page has at most `limit`
+        messages, and fewer, with `has_more`, where they are large (`CHAT_PAGE_BYTES_MAX`). Raises
+        ConversationNotFound, InvalidRequest.
+        """
+        count = self._page_items(limit if last is None else last, "limit" if last is None else "last")
+        backwards = order == "desc" or last is not None
+        conversation = await self._conversation(conversation_id, user_id)
+        span = await self._span(conversation, after, before, since, until, role)
+        found, cut = await self._read_page(span, count + 1, backwards)
+        page = found[:count]
+        edge = page[-1]["seq"] if page else None
+        if last is not None:
+            page.reverse()
+        return History(page, cut or len(found) > count, edge)
+
+    async def stream_chat_history(
+        self,
+        conversation_id: str,
+        user_id: str | None = None,
+        *,
+        limit: int | None = None,
+        after: int | None = None,
+        before: int | None = None,
+        order: Order = "asc",
+        since: datetime | None = None,
+        until: datetime | None = None,
+        role: Role | None = None,
+    ) -> AsyncIterator[list[Json]]:
+        """Yield the whole history in parts, each read when it is asked for; memory stays that of a part.
+
+        It ends at the last message that was there when it began. The arguments are those of
+        `get_chat_history`, but that `limit` may be any number, or None for all. The first part may be
+        empty; errors of the arguments come with it.
+        """
+        async with self._database.call():
+            conversation = await self._conversation(conversation_id, user_id)
+            span = await self._span(conversation, after, before, since, until, role)
+        left = limit if limit is not None else span.high - span.low
+        more = True
+        first = True
+        while first or (more and left > 0):
+            async with self._database.call():
+                wanted = min(left, _CHUNK_ITEMS)
+                part, cut = await self._read_page(span, wanted, order == "desc") if wanted else ([], False)
+            more = cut or len(part) == wanted
+            first = False
+            left -= len(part)
+            if part:
+                seq = part[-1]["seq"]
+                span = span.between(span.low, seq - 1) if order == "desc" else span.between(seq, span.high)
+            yield part
+
+    @_in_one_call
+    async def get_message(self, conversation_id: str, message_id: str, user_id: str | None = None) -> Json:
+        """Return one message. Raises ConversationNotFound, MessageNotFound."""
+        await self._conversation(conversation_id, user_id)
+        found = await self._message(conversation_id, message_id)
+        if found is None:
+            raise MessageNotFound(f"No message {message_id} in this conversation.")
+        return found
+
+    async def _message(self, conversation_id: str, message_id: str) -> Json | None:
+        found = await self._database.read(Message, {"_id": f"{conversation_id}/{message_id}"})
+        return _public(found[0]) if found else None
+
+    async def _span(  # noqa: PLR0917  (the filters of a history, as the API has them)
+        self,
+        conversation: Conversation,
+        after: int | None,
+        before: int | None,
+        since: datetime | None,
+        until: datetime | None,
+        role: Role | None,
+    ) -> Span:
+        """Turn what was asked for into a range of seqs, bounded on both sides by the conversation's own."""
+        low = after if after is not None else 0
+        high = conversation.last_seq
+        if before is not None:
+            high = min(high, before - 1)
+        span = Span(conversation.id, low, max(low, high), role)
+        if since is not None:
+            span = span.between(await self._last_seq_before(conversation, since), span.high)
+        if until is not None:
+            just_after = _whole_ms(until) + timedelta(milliseconds=1)
+            span = span.between(span.low, await self._last_seq_before(conversation, just_after))
+        return span
+
+    async def _last_seq_before(self, conversation: Conversation, time: datetime) -> int:
+        """Return the seq below which all messages are older than `time`, and above which none is.
+
+        It exists because `created_at` never decreases along `seq`.
+        """
+        if time > conversation.updated_at:
+            return conversation.last_seq
+        newest = await self._time_to_look_until(conversation, time)
+        if newest is None:
+            return conversation.last_seq
+        found = await self._database.read(
+            Message, time_query(conversation.id, time, newest), sort=_BY_TIME, limit=1
+        )
+        return _public(found[0])["seq"] - 1 if found else conversation.last_seq
+
+    async def _time_to_look_until(self, conversation: Conversation, time: datetime) -> datetime | None:
+        """Return the time of some message not older than `time` and near the first such, or None."""
+        if not self._database.reads_whole_match:
+            query = {"conversation_id": conversation.id, "created_at": {"$gte": time}}
+            found = await self._database.read(Message, query, sort=[("created_at", ASCENDING)], limit=1)
+            return _public(found[0])["created_at"] if found else None
+        low, high, newest = 0, conversation.last_seq, None
+        while high - low > _HALVING_SEQS or newest is None:
+            middle = low + (high - low) // 2
+            span = Span(conversation.id, middle, high)
+            found_at = await self._read_windows(span, 1, backwards=False)
+            if not found_at:
+                if middle == low:
+                    break
+                high = middle
+                continue
+            message = _public(found_at[0])
+            if message["created_at"] >= time:
+                high, newest = middle, message["created_at"]
+            else:
+                low = message["seq"]
+            if low >= high:
+                break
+        return newest
+
+    async def _read_page(self, span: Span, count: int, backwards: bool) -> tuple[list[Json], bool]:
+        """Read up to `count` messages; True with them where they were cut short for their size."""
+        found: list[Json] = []
+        size = 0
+        while len(found) < count and span.low < span.high:
+            wanted = min(count - len(found), _CHUNK_ITEMS)
+            chunk = await self._read_windows(span, wanted, backwards)
+            for raw in chunk:
+                if found and size + len(raw) > self._settings.page_bytes_max:
+                    return found, True
+                found.append(_public(raw))
+                size += len(raw)
+            if len(chunk) < wanted:
+                break
+            seq = found[-1]["seq"]
+            span = span.between(span.low, seq - 1) if backwards else span.between(seq, span.high)
+        return found, False
+
+    async def _read_windows(self, span: Span, count: int, backwards: bool) -> list[bytes]:
+        """Read up to `count` messages in order, in one query, or in windows where a limit saves nothing.
+
+        On the embedded engine a query costs what it matches, so it may match little more than `count`.
+        Where deletions, or another role, left nothing in a window, the next is twice as wide, up to
+        WINDOW_SEQS_MAX, beyond which a dense stretch behind the hole would cost too much.
+        """
+        sort = _DESC if backwards else _ASC
+        if not self._database.reads_whole_match:
+            return await self._database.read(Message, span.query(), sort=sort, limit=count)
+        found: list[bytes] = []
+        low, high, width = span.low, span.high, count
+        while low < high and len(found) < count:
+            if backwards:
+                window = span.between(max(low, high - width), high)
+            else:
+                window = span.between(low, min(high, low + width))
+            found += await self._database.read(Message, window.query(), sort=sort, limit=count - len(found))
+            low, high = (low, window.low) if backwards else (window.high, high)
+            width = min(width * 2, max(count, WINDOW_SEQS_MAX))
+        return found
+
+    # -- deleting messages -------------------------------------------------------------------------
+
+    @_in_one_call
+    async def delete_message(self, conversation_id: str, message_id: str, user_id: str | None = None) -> None:
+        """Delete one message; its seq stays empty. Raises ConversationNotFound, MessageNotFound."""
+
+        async def delete(transaction: Transaction) -> None:
+            uncounted = {"$inc": {"message_count": -1}}
+            await self._lock(transaction, _owned(conversation_id, user_id), uncounted)
+            named = {"_id": f"{conversation_id}/{message_id}"}
+            result = await Message.find(named).delete(session=transaction.session)
+            if not result or not result.deleted_count:
+                raise MessageNotFound(f"No message {message_id} in this conversation.")
+
+        transaction = Transaction()
+        try:
+            await self._write(conversation_id, delete, transaction)
+        except MessageNotFound:
+            if not transaction.may_have_committed:
+                raise
+
+    async def delete_messages(
+        self, conversation_id: str, user_id: str | None = None, *, after: int = 0
+    ) -> int:
+        """Delete all messages with a seq above `after`; return how many. Raises ConversationNotFound.
+
+        Up to DELETE_BATCH_ITEMS go at once; more go batch by batch, newest first, so that the history is
+        at every moment whole up to some message, also if we die in between. A message that is appended
+        meanwhile stays.
+        """
+        async with self._database.call():
+            conversation = await self._conversation(conversation_id, user_id)
+        span = Span(conversation_id, min(after, conversation.last_seq), conversation.last_seq)
+        return await self._delete_span(span, _owned(conversation_id, user_id))
+
+    async def _delete_span(self, span: Span, owned: Json) -> int:
+        deleted = 0
+        for top in range(span.high, span.low, -DELETE_BATCH_ITEMS):
+            batch = span.between(top - DELETE_BATCH_ITEMS, top)
+            async with self._database.call():
+                deleted += await self._write(
+                    span.conversation_id, functools.partial(self._delete_batch, owned, batch)
+                )
+        return deleted
+
+    async def _delete_batch(self, owned: Json, batch: Span, transaction: Transaction) -> int:
+        """Delete the messages and uncount them: both commit together, so the count is always true."""
+        await self._lock(transaction, owned, {})
+        result = await Message.find(batch.query()).delete(session=transaction.session)
+        count = result.deleted_count if result else 0
+        if count:
+            await self._lock(transaction, owned, {"$inc": {"message_count": -count}})
+        return count
+
+    # -- what the verbs share ----------------------------------------------------------------------
+
+    async def _conversation(self, conversation_id: str, user_id: str | None) -> Conversation:
+        """Find the conversation; whether it is missing or not yours, the query and the answer are one."""
+        found = await Conversation.find_one(_owned(conversation_id, user_id))
+        if found is None:
+            raise _no_conversation(conversation_id)
+        return _exactly(found)
+
+    async def _lock(self, transaction: Transaction, owned: Json, changes: Json) -> Conversation:
+        """Update the conversation, which locks it until the commit, and return it as it then stands.
+
+        Its `updated_at` moves to now, and never backwards, whatever this process's clock says.
+        """
+        session = transaction.session
+        update = {**changes, "$max": {"updated_at": _now()}}
+        result = await Conversation.find_one(owned).update_one(update, session=session)
+        if not cast("UpdateResult", result).matched_count:
+            raise _no_conversation(owned["_id"])
+        found = await Conversation.find_one({"_id": owned["_id"]}, session=session)
+        assert found is not None, "a transaction reads its own update"
+        return found
+
+    async def _write(
+        self,
+        conversation_id: str,
+        work: Callable[[Transaction], Awaitable[T]],
+        transaction: Transaction | None = None,
+    ) -> T:
+        """Run a transaction when it is this conversation's turn in this process."""
+        turn = self._turns.get(conversation_id)
+        if turn is None:
+            turn = self._turns[conversation_id] = asyncio.Lock()
+        try:
+            async with asyncio.timeout(self._settings.database_timeout_ms / 1000):
+                await turn.acquire()
+        except TimeoutError as error:
+            raise DatabaseUnavailable("Too many writers wait for this conversation.") from error
+        try:
+            return await self._database.transaction(work, transaction)
+        finally:
+            turn.release()
+
+    def _page_items(self, items: int | None, name: str = "limit") -> int:
+        most = self._settings.page_items_max
+        if items is None:
+            return min(self._settings.page_items_default, most)
+        if not 1 <= items <= most:
+            raise _invalid((name,), f"must be 1 to {most}")
+        return items
+
+
+_ASC = [("seq", ASCENDING)]
+_DESC = [("seq", DESCENDING)]
+_BY_TIME = [("created_at", ASCENDING), ("seq", ASCENDING)]
+
+
+def list_query(user_id: str, begin: datetime, end: datetime) -> Json:
+    """Filter one user's conversations by a window of time, `begin` included, `end` not."""
+    return {"user_id": user_id, "updated_at": {"$gte": begin, "$lt": end}}
+
+
+def time_query(conversation_id: str, begin: datetime, end: datetime) -> Json:
+    """Filter one conversation's messages by a window of time, both ends included."""
+    return {"conversation_id": conversation_id, "created_at": {"$gte": begin, "$lte": end}}
+
+
+def message_ids(messages: Sequence[Mapping[str, Any]], key: str | None) -> tuple[list[str], str | None]:
+    """Name every message: by its own id, or by the key, or by the batch's first own id, or at random.
+
+    So a batch in which any message has an id of its own is as repeatable as one that has a key. With a
+    key, the second result is the id that a longer batch would have had next, to tell the two apart.
+    """
+    first_own = next((message["id"] for message in messages if "id" in message), None)
+    if key is not None:
+        stem = f"idem_{_digest(key)}"
+    else:
+        stem = f"msg_{_digest(first_own) if first_own else secrets.token_hex(16)}"
+    ids = [message.get("id", f"{stem}.{index}") for index, message in enumerate(messages)]
+    return ids, f"{stem}.{len(ids)}" if key is not None else None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _refuse_repeated(ids: Sequence[str], places: Sequence[Path]) -> None:
+    seen: set[str] = set()
+    for message_id, at in zip(ids, places, strict=True):
+        if message_id in seen:
+            raise _invalid((*at, "id"), "stands twice in this batch")
+        seen.add(message_id)
+
+
+def _faults(message: Any, at: Path, key: str | None) -> list[Fault]:
+    """Return what is wrong with a message's own fields; what BSON cannot hold is `payloads`' matter."""
+    if not isinstance(message, dict):
+        return [Fault(payloads.json_path(at), "must be an object")]
+    if isinstance(message, payloads.UnholdableObject):
+        return [Fault(payloads.json_path(at), message.why)]
+    faults = [
+        Fault(payloads.json_path((*at, name)), "is set by the service")
+        for name in OWNED_FIELDS
+        if name in message
+    ]
+    if key is not None and "id" in message:
+        why = "ids make a request repeatable by themselves; send them or an Idempotency-Key, not both"
+        faults.append(Fault(payloads.json_path((*at, "id")), why))
+    try:
+        if "id" in message:
+            _ID.validate_python(message["id"], strict=True)
+    except ValidationError:
+        faults.append(Fault(payloads.json_path((*at, "id")), _ID_RULE))
+    try:
+        MessageFields.model_validate(message)
+    except ValidationError as error:
+        faults += faults_of(error, at)
+    return faults
+
+
+def faults_of(error: ValidationError, at: Path) -> list[Fault]:
+    """Turn Pydantic's errors into ours, one for each place (a union reports each of its members)."""
+    faults: dict[str, Fault] = {}
+    for each in error.errors(include_url=False, include_input=False, include_context=False):
+        steps = [step for step in each["loc"] if not _names_a_union_member(step)]
+        path = payloads.json_path((*at, *steps))
+        if path in faults:
+            message = f"{faults[path].message}, or {each['msg'].lower()}"
+            faults[path] = Fault(path, message)
+        else:
+            faults[path] = Fault(path, each["msg"])
+    return list(faults.values())
+
+
+def _names_a_union_member(step: str | int) -> bool:
+    return step in {"str", "list[any]"}
+
+
+_ID: TypeAdapter[str] = TypeAdapter(Id)
+_TITLE: TypeAdapter[str | None] = TypeAdapter(Title | None)
+_ID_RULE = "must be 1 to 128 of letters, digits and . _ : @ ~ - (and not . or ..)"
+
+
+def _validate(adapter: TypeAdapter[T], value: Any, name: str) -> T:
+    try:
+        payloads.check(value, (name,))
+        return adapter.validate_python(value, strict=True)
+    except ValidationError as error:
+        raise _invalid((name,), _ID_RULE if adapter is _ID else error.errors()[0]["msg"]) from error
+
+
+def _invalid(path: Path, why: str) -> InvalidRequest:
+    fault = Fault(payloads.json_path(path), why)
+    return InvalidRequest(f"{fault.path} {why}.", [fault])
+
+
+def _no_conversation(conversation_id: str) -> ConversationNotFound:
+    return ConversationNotFound(f"No conversation {conversation_id}.")
+
+
+def _owned(conversation_id: str, user_id: str | None) -> Json:
+    """Filter one conversation, of this owner if one is named, and never one that is being deleted."""
+    if user_id == NOBODY:
+        raise _no_conversation(conversation_id)
+    return {"_id": conversation_id, "user_id": {"$ne": NOBODY} if user_id is None else user_id}
+
+
+def _now() -> datetime:
+    return _whole_ms(datetime.now(UTC))
+
+
+def _whole_ms(time: datetime) -> datetime:
+    """Cut a time to the milliseconds that BSON keeps, so that it is the same wherever it appears."""
+    return time.replace(microsecond=time.microsecond // 1000 * 1000)
+
+
+def _header(conversation: Conversation, message_id: str, seq: int) -> bytes:
+    """Encode what the service says of a message; `updated_at` was just moved, and never goes back."""
+    return bson.encode(
+        {
+            "_id": f"{conversation.id}/{message_id}",
+            "conversation_id": conversation.id,
+            "user_id": conversation.user_id,
+            "seq": seq,
+            "created_at": conversation.updated_at,
+        }
+    )
+
+
+def _public(raw: bytes) -> Json:
+    """Decode a stored message into what callers see: its own id first, the rest in its order."""
+    stored = payloads.decode(raw)
+    return {"id": stored.pop("_id").partition("/")[2], **stored}
+
+
+def _fields(message: Json) -> Json:
+    """Return what the caller said in a message."""
+    return {name: value for name, value in message.items() if name not in {"id", *OWNED_FIELDS}}
+
+
+def _exactly(conversation: Conversation) -> Conversation:
+    """Put the metadata back into the order in which they came."""
+    if conversation.exact_metadata is not None:
+        conversation.metadata = payloads.decode(conversation.exact_metadata)["metadata"]
+    elif conversation.metadata:
+        conversation.metadata = payloads.plain(conversation.metadata)
+    return conversation

@@ -1,0 +1,326 @@
+"""Opens MongoDB: the only module that names Motor (docs/decisions/0001-driver.md).
+
+What it holds to:
+
+- Every write is part of a transaction that commits with write concern `majority`, journalled; every
+  read is from the primary with read concern `majority`, so that what was once read cannot be rolled
+  back by a fail-over.
+- `transaction` may run its work several times, so work must be written to be run again. When a commit
+  ends without an answer, nobody knows whether it took effect: `may_have_committed` then tells the next
+  run, which finds out by the ids that it was about to insert.
+- Everything in one `call` shares one deadline, counted from its beginning, and no driver's error
+  leaves it: only those of `service.errors`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pymongo
+import structlog
+from beanie import Document, init_beanie
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
+from pymongo.errors import (
+    BulkWriteError,
+    ConnectionFailure,
+    DuplicateKeyError,
+    OperationFailure,
+    PyMongoError,
+    ServerSelectionTimeoutError,
+    WTimeoutError,
+)
+from pymongo.read_concern import ReadConcern
+from pymongo.write_concern import WriteConcern
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from service.documents import Conversation, Message
+from service.errors import (
+    BatchTooLarge,
+    ChatHistoryError,
+    DatabaseUnavailable,
+    StorageFull,
+    UnsuitableDatabase,
+)
+from service.payloads import NeverDBRef
+from service.settings import Settings
+
+# Motor runs the driver in threads, and reads this when it is imported. Its default is five a core,
+# which on a small machine lets a few slow calls stop all others.
+os.environ.setdefault("MOTOR_MAX_WORKERS", "32")
+
+from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorClientSession
+
+Session = AsyncIOMotorClientSession
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+_DURABLE = WriteConcern("majority", j=True)
+_RAW: CodecOptions[Any] = CodecOptions(document_class=RawBSONDocument, tz_aware=True)
+_RECONNECT_S = 1.0
+_READY_TIMEOUT_S = 1.0
+# Indexes are made at start, and on an existing database of another shape that may take a while.
+_INDEXES_TIMEOUT_S = 600.0
+# Codes of the server: 14031 OutOfDiskSpace; 257 TransactionTooLarge and 388 TransactionTooLargeForCache;
+# then 1 InternalError and 8 UnknownError, 24 LockTimeout, 50 MaxTimeMSExpired, 112 WriteConflict,
+# 251 NoSuchTransaction, 290 TransactionExceededLifetimeLimit, and 91, 189, 10107, 11600, 11602, 13435
+# and 13436: shutting down, or no longer the primary.
+_OUT_OF_SPACE = {14031}
+_TOO_LARGE = {257, 388}
+_AWAY = {1, 8, 24, 50, 91, 112, 189, 251, 290, 10107, 11600, 11602, 13435, 13436}
+
+STANDALONE = (
+    "This MongoDB is a standalone server, which has no transactions. Start it as a replica set of one: "
+    "`mongod --replSet rs0`, and once `mongosh --eval 'rs.initiate()'`."
+)
+
+
+@dataclass
+class Transaction:
+    """What the work of a transaction is given: its session, and what an earlier run may have done."""
+
+    session: Session | None = None
+    may_have_committed: bool = False
+
+
+class Database:
+    """The connection, the indexes, transactions, and the raw reading and writing of messages.
+
+    It opens without a database: `open` tries once, and goes on trying until it has prepared one.
+    `reads_whole_match` is true on an engine that reads all that a filter matches before it cuts.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client: AsyncIOMotorClient[dict[str, Any]] | None = None
+        self._prepared = False
+        self._why_not: ChatHistoryError = DatabaseUnavailable("No connection was made yet.")
+        self._preparing: asyncio.Task[None] | None = None
+        self._tried = asyncio.Event()
+        self.embedded_engine = False
+        self.engine = "unknown"
+
+    @property
+    def reads_whole_match(self) -> bool:
+        """Tell whether a read must bound what it matches, since a limit does not (SecantusDB)."""
+        return self.embedded_engine
+
+    @property
+    def why_not_ready(self) -> str:
+        """Say why the database was never prepared, or that it does not answer now."""
+        return "The database does not answer." if self._prepared else self._why_not.detail
+
+    # -- opening -----------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect and prepare, or, where nothing answers, go on trying in the background.
+
+        Raises UnsuitableDatabase when a database answers that can never serve.
+        """
+        self._preparing = asyncio.create_task(self._prepare_until_done())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.database_timeout_ms / 1000):
+                await self._tried.wait()
+        if isinstance(self._why_not, UnsuitableDatabase):
+            await self.close()
+            raise self._why_not
+
+    async def close(self) -> None:
+        """Stop trying, and close the connections."""
+        self._prepared = False
+        if self._preparing is not None:
+            self._preparing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._preparing
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    async def _prepare_until_done(self) -> None:
+        while not self._prepared:
+            try:
+                await self._prepare()
+            except UnsuitableDatabase as error:
+                self._why_not = error
+                log.error("database_unsuitable", detail=error.detail)
+            except (PyMongoError, OSError) as error:
+                self._why_not = DatabaseUnavailable("The database was not reached yet.")
+                log.warning("database_unreachable", error=type(error).__name__)
+            self._tried.set()
+            if not self._prepared:
+                await asyncio.sleep(_RECONNECT_S)
+
+    async def _prepare(self) -> None:
+        """Find out what answers, refuse what cannot serve, make the indexes (which is idempotent)."""
+        if self._client is None:
+            self._client = self._connect(retry_writes=None)
+        with pymongo.timeout(self._settings.database_timeout_ms / 1000):
+            hello = await self._client.admin.command("hello")
+            build = await self._client.admin.command("buildInfo")
+        if "setName" not in hello and hello.get("msg") != "isdbgrid":
+            raise UnsuitableDatabase(STANDALONE)
+        self.embedded_engine = "secantusVersion" in build
+        self.engine = (
+            f"SecantusDB {build['secantusVersion']}"
+            if self.embedded_engine
+            else f"MongoDB {build['version']}"
+        )
+        if self.embedded_engine and self._client.delegate.options.retry_writes:
+            self._client.close()
+            self._client = self._connect(retry_writes=False)
+        database = self._client.get_default_database(self._settings.database)
+        with pymongo.timeout(_INDEXES_TIMEOUT_S):
+            await init_beanie(database, document_models=[Conversation, Message])
+        self._prepared = True
+        log.info("database_ready", engine=self.engine, database=database.name)
+
+    def _connect(self, *, retry_writes: bool | None) -> AsyncIOMotorClient[dict[str, Any]]:
+        settings = self._settings
+        options: dict[str, Any] = {} if retry_writes is None else {"retryWrites": retry_writes}
+        return AsyncIOMotorClient(
+            settings.url,
+            appname="chat-history",
+            document_class=NeverDBRef,
+            tz_aware=True,
+            w="majority",
+            journal=True,
+            readConcernLevel="majority",
+            readPreference="primary",
+            serverSelectionTimeoutMS=settings.server_selection_timeout_ms,
+            connectTimeoutMS=settings.server_selection_timeout_ms,
+            **options,
+        )
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    async def is_ready(self) -> bool:
+        """Tell whether the database answers now, within a second."""
+        if not self._prepared or self._client is None:
+            return False
+        try:
+            with pymongo.timeout(_READY_TIMEOUT_S):
+                await self._client.admin.command("ping")
+        except PyMongoError:
+            return False
+        return True
+
+    @contextlib.asynccontextmanager
+    async def call(self) -> AsyncIterator[None]:
+        """Bound all database work inside by one deadline, and turn driver errors into our own.
+
+        Raises DatabaseUnavailable, StorageFull or UnsuitableDatabase.
+        """
+        if not self._prepared:
+            raise type(self._why_not)(self._why_not.detail)
+        try:
+            with pymongo.timeout(self._settings.database_timeout_ms / 1000):
+                yield
+        except PyMongoError as error:
+            raise domain_error(error) from error
+
+    async def transaction(
+        self, work: Callable[[Transaction], Awaitable[T]], transaction: Transaction | None = None
+    ) -> T:
+        """Run `work` in a transaction, again where it collided or lost its connection, and commit.
+
+        Its writes become visible together, at the commit, or never. If we die before the commit,
+        nothing happened; if we die just after it, all of it did and only the answer is lost, which is
+        why callers retry with a key. A caller that passes `transaction` can read from it, after an
+        exception too, whether an attempt may have committed.
+        """
+        transaction = transaction or Transaction()
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(_worth_another_run),
+            wait=wait_random_exponential(multiplier=0.005, max=0.25),
+            stop=stop_after_delay(self._settings.database_timeout_ms / 1000),
+            reraise=True,
+        ):
+            with attempt:
+                return await self._run_once(transaction, work)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _run_once(self, transaction: Transaction, work: Callable[[Transaction], Awaitable[T]]) -> T:
+        assert self._client is not None
+        async with await self._client.start_session() as session:
+            session.start_transaction(ReadConcern("snapshot"), _DURABLE)
+            transaction.session = session
+            try:
+                result = await work(transaction)
+            except BaseException:
+                with contextlib.suppress(PyMongoError):
+                    await session.abort_transaction()
+                raise
+            try:
+                await session.commit_transaction()
+            except PyMongoError:
+                # The driver has asked twice already. A refusal may be the answer of a server that
+                # restarted and forgot a transaction that it had committed, so it proves nothing either.
+                transaction.may_have_committed = True
+                raise
+        return result
+
+    # -- messages as bytes -------------------------------------------------------------------------
+
+    async def read(
+        self,
+        document: type[Document],
+        query: Mapping[str, Any],
+        *,
+        sort: Sequence[tuple[str, int]] = (),
+        limit: int = 0,
+        session: Session | None = None,
+    ) -> list[bytes]:
+        """Find documents as the BSON that the server sent, undecoded."""
+        cursor = self._raw(document).find(query, session=session, limit=limit)
+        if sort:
+            cursor = cursor.sort(list(sort))
+        return [found.raw for found in await cursor.to_list(None)]
+
+    async def insert(
+        self, document: type[Document], documents: Sequence[bytes], session: Session | None
+    ) -> None:
+        """Insert documents that are BSON already. Raises DuplicateKeyError where an `_id` is taken."""
+        try:
+            await self._raw(document).insert_many(
+                [RawBSONDocument(raw) for raw in documents], session=session
+            )
+        except BulkWriteError as error:
+            if any(each.get("code") == 11000 for each in error.details.get("writeErrors", [])):
+                raise DuplicateKeyError(str(error), 11000, error.details) from error
+            raise
+
+    @staticmethod
+    def _raw(document: type[Document]) -> Any:
+        # Beanie 2 calls this `get_pymongo_collection`.
+        return document.get_motor_collection().with_options(codec_options=_RAW)
+
+
+def _worth_another_run(error: BaseException) -> bool:
+    """Tell whether a transaction may succeed when it is run again, the database being there."""
+    if isinstance(error, ServerSelectionTimeoutError) or not isinstance(error, PyMongoError):
+        return False
+    return (
+        isinstance(error, ConnectionFailure)
+        or error.has_error_label("TransientTransactionError")
+        or error.has_error_label("UnknownTransactionCommitResult")
+    )
+
+
+def domain_error(error: PyMongoError) -> ChatHistoryError:
+    """Name a driver's error as the domain does; what it says of content is left behind."""
+    code = error.code if isinstance(error, OperationFailure) else None
+    if code in _OUT_OF_SPACE or "no space left" in str(error).lower():
+        return StorageFull("Nothing was stored.")
+    if code in _TOO_LARGE:
+        return BatchTooLarge("Append it in smaller parts; nothing was stored.")
+    if error.timeout or code in _AWAY or isinstance(error, ConnectionFailure | WTimeoutError):
+        return DatabaseUnavailable(
+            "It did not answer in time. A write whose answer is lost may have been stored: repeat it "
+            "with the same Idempotency-Key or message ids, and it is stored once."
+        )
+    return ChatHistoryError(f"The database failed with code {code}.")

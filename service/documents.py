@@ -1,0 +1,115 @@
+"""The two collections: their fields, and each index with the query that it serves."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal
+
+from beanie import Document
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pymongo import ASCENDING, DESCENDING, IndexModel
+
+Role = Literal["user", "assistant", "tool", "system", "developer"]
+
+
+def _not_a_path_step(value: str) -> str:
+    if value in {".", ".."}:
+        raise ValueError("'.' and '..' cannot stand in a URL's path")
+    return value
+
+
+Id = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9._:@~-]{1,128}$"),
+    AfterValidator(_not_a_path_step),
+]
+Seq = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Title = Annotated[str, StringConstraints(max_length=1_000)]
+
+# The owner of a conversation that is being deleted. No id is empty, so it is nobody's, every query
+# that asks for an owner misses it, and the index of owners finds it again after a crash.
+NOBODY = ""
+
+
+class Conversation(Document):
+    """One conversation. `last_seq` and `message_count` change only with the messages they count."""
+
+    id: str  # type: ignore[assignment]  # Beanie's own id is an ObjectId; ours is the caller's
+    user_id: str
+    title: str | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    # `metadata` as BSON, where the embedded engine would reorder its keys (see `payloads`).
+    exact_metadata: bytes | None = None
+    created_at: datetime
+    updated_at: datetime
+    last_seq: int = 0
+    message_count: int = 0
+
+    class Settings:
+        """Beanie's settings of the collection."""
+
+        name = "conversations"
+        keep_nulls = True
+        indexes: ClassVar = [
+            # The list: one user's conversations, latest activity first; `_id` makes the order total,
+            # so that a cursor stands at one place. `NOBODY` finds interrupted deletions with it.
+            IndexModel(
+                [("user_id", ASCENDING), ("updated_at", DESCENDING), ("_id", ASCENDING)],
+                name="user_id_1_updated_at_-1__id_1",
+            ),
+        ]
+
+
+class MessageFields(BaseModel):
+    """What a caller may say in a message: these fields, and any other that is not the service's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Role
+    content: str | list[Any] | None = Field(None, description="Text, a list of parts (any JSON), or null.")
+    tool_calls: Any = Field(None, description="Any JSON; stored natively, so it can be queried.")
+    tool_call_id: str | None = None
+    name: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class Message(MessageFields, Document):
+    """One message as it is stored; `_id` is `"<conversation id>/<message id>"`.
+
+    A manual reference to its conversation, not a DBRef. The fields of the caller stand after these,
+    in the caller's order, each a field of its own.
+    """
+
+    id: str  # type: ignore[assignment]  # unique within the conversation by its form, without an index
+    conversation_id: str
+    user_id: str
+    seq: int
+    created_at: datetime
+
+    class Settings:
+        """Beanie's settings of the collection."""
+
+        name = "messages"
+        indexes: ClassVar = [
+            # The history, and every page of it: one conversation, a range of seq, in order. Unique,
+            # so that no fault of ours could ever give a seq twice.
+            IndexModel(
+                [("conversation_id", ASCENDING), ("seq", ASCENDING)],
+                name="conversation_id_1_seq_1",
+                unique=True,
+            ),
+            # Where a time range begins and ends: one conversation, the first message from a time on.
+            IndexModel(
+                [("conversation_id", ASCENDING), ("created_at", ASCENDING)],
+                name="conversation_id_1_created_at_1",
+            ),
+            # A history of one role only, which without it would read all that it leaves out.
+            IndexModel(
+                [("conversation_id", ASCENDING), ("role", ASCENDING), ("seq", ASCENDING)],
+                name="conversation_id_1_role_1_seq_1",
+            ),
+        ]
+
+
+# What only the service sets in a message. `_id` and `_exact_bson` are how it stores one.
+OWNED_FIELDS = ("conversation_id", "user_id", "seq", "created_at", "_id", "_exact_bson")

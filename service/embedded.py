@@ -1,0 +1,231 @@
+"""Runs the embedded engine, SecantusDB, as a supervised child process (docs/decisions/0003).
+
+It is a separate program that speaks MongoDB's protocol on 127.0.0.1, and the service talks to it as to
+any MongoDB. What this module promises (tests/integration/test_embedded.py):
+
+- its data directory has one user at a time, held by a lock that the engine itself keeps open;
+- it syncs at every commit, so that `kill -9` loses nothing that was acknowledged;
+- it is started again when it dies, and never outlives the service, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import structlog
+
+from service import embedded_guard
+from service.settings import Settings
+
+_HOST = "127.0.0.1"
+_PROGRAM = "secantusd-py"
+_START_TIMEOUT_S = 60.0
+_LOCK_TIMEOUT_S = 15.0
+_POLL_S = 0.02
+_RESTART_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+log = structlog.get_logger(__name__)
+
+
+class EmbeddedEngineError(Exception):
+    """The embedded engine cannot be started; the text says why and what mends it."""
+
+
+class EmbeddedEngine:
+    """The engine, as a context: running inside, gone outside.
+
+    Raises EmbeddedEngineError on entering when the package is missing, the data directory is in use or
+    not writable, the port is taken, or the engine ends at once.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._port = settings.embedded_port
+        self._data = settings.data_dir
+        self._lock: IO[str] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._supervisor: threading.Thread | None = None
+
+    def __enter__(self) -> EmbeddedEngine:
+        program = _program()
+        self._lock = self._take_data_directory()
+        try:
+            self._require_free_port()
+            self._guard = self._start(program)
+            self._wait_until_it_listens(self._guard)
+        except BaseException:
+            self._end()
+            raise
+        self._supervisor = threading.Thread(target=self._supervise, args=(program,), daemon=True)
+        self._supervisor.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopping.set()
+        self._end()
+        if self._supervisor is not None:
+            self._supervisor.join()
+
+    # -- what it needs -----------------------------------------------------------------------------
+
+    def _take_data_directory(self) -> IO[str]:
+        """Lock the data directory; wait for an engine to end whose service was killed just now."""
+        try:
+            self._data.mkdir(parents=True, exist_ok=True)
+            lock = (self._data / "lock").open("a+")
+        except OSError as error:
+            raise EmbeddedEngineError(
+                f"The data directory {self._data} cannot be written ({error.strerror}). "
+                "Name another with CHAT_DATA_DIR."
+            ) from error
+        deadline = time.monotonic() + _LOCK_TIMEOUT_S
+        while not _locked(lock):
+            lock.seek(0)
+            holder = lock.read()
+            if time.monotonic() > deadline or _lives(holder):
+                raise EmbeddedEngineError(
+                    f"The data directory {self._data} is in use by process {holder or '?'}. Stop "
+                    "it, or name another directory with CHAT_DATA_DIR, or let this service share that "
+                    f"one's engine with CHAT_MONGODB_URL={self._settings.embedded_url!r}."
+                )
+            time.sleep(_POLL_S)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        return lock
+
+    def _require_free_port(self) -> None:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((_HOST, self._port))
+            except OSError as error:
+                raise EmbeddedEngineError(
+                    f"The embedded engine's port {self._port} is taken ({error.strerror}). "
+                    "Name another with CHAT_EMBEDDED_PORT."
+                ) from error
+
+    # -- its life ----------------------------------------------------------------------------------
+
+    def _start(self, program: str) -> subprocess.Popen[bytes]:
+        assert self._lock is not None
+        # A configuration file of ours, for without one the engine takes any it finds lying about.
+        config = self._data / "engine.toml"
+        config.write_text("# Everything is said on the command line.\n")
+        command = [program, "--config", str(config), "--host", _HOST, "--port", str(self._port)]
+        command += ["--storage-path", str(self._data / "engine"), "--sync-on-commit"]
+        command += ["--cache-size", self._settings.embedded_cache, "--log-level", "WARNING"]
+        guard = [sys.executable, "-I", embedded_guard.__file__, str(self._lock.fileno()), *command]
+        with (self._data / "engine.log").open("wb") as output:
+            return subprocess.Popen(
+                guard,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(self._lock.fileno(),),
+                # A session of its own: Ctrl-C in the terminal is for the service, which stops the
+                # engine when the last request is answered.
+                start_new_session=True,
+            )
+
+    def _wait_until_it_listens(self, guard: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if guard.poll() is not None:
+                break
+            with contextlib.suppress(OSError), socket.create_connection((_HOST, self._port), 1):
+                return
+            time.sleep(_POLL_S)
+        raise EmbeddedEngineError(
+            f"The embedded engine did not start (exit code {guard.poll()}):\n{self._log_tail()}"
+        )
+
+    def _log_tail(self) -> str:
+        lines = (self._data / "engine.log").read_text(errors="replace").splitlines()
+        return "\n".join(lines[-12:])
+
+    def _supervise(self, program: str) -> None:
+        """Start it again whenever it ends by itself; soon the first time, then after longer pauses."""
+        failures = 0
+        while self._guard is not None:
+            began = time.monotonic()
+            code = self._guard.wait()
+            if self._stopping.is_set():
+                return
+            failures = 1 if time.monotonic() - began > _START_TIMEOUT_S else failures + 1
+            pause = _RESTART_S[min(failures, len(_RESTART_S)) - 1]
+            log.warning("engine_ended", exit_code=code, restart_in_s=pause)
+            if self._stopping.wait(pause):
+                return
+            _close_input(self._guard)
+            self._guard = self._start(program)
+            if self._stopping.is_set():  # we were told to stop between the pause and the start
+                self._end()
+
+    def _end(self) -> None:
+        """Close the guard's input, which ends the engine, and let go of the data directory."""
+        if self._guard is not None:
+            _close_input(self._guard)
+            try:
+                self._guard.wait(embedded_guard.STOP_TIMEOUT_S + 2)
+            except subprocess.TimeoutExpired:
+                self._guard.kill()
+                self._guard.wait()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _program() -> str:
+    """Find the engine's program, in this environment first."""
+    beside = Path(sys.executable).parent / _PROGRAM
+    found = str(beside) if beside.exists() else shutil.which(_PROGRAM)
+    if found is None or (found == str(beside) and find_spec("secantus") is None):
+        raise EmbeddedEngineError(
+            "CHAT_MONGODB_URL is not set, and the embedded engine is not installed. Either name a "
+            "MongoDB, or: pip install 'chat-history-database[embedded]'. There are wheels for CPython "
+            f"3.11 to 3.13 on Linux (x86-64, arm64) and macOS (arm64); this is {sys.version.split()[0]} "
+            f"on {sys.platform}."
+        )
+    return found
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lives(process_id: str) -> bool:
+    try:
+        os.kill(int(process_id), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _close_input(guard: subprocess.Popen[bytes]) -> None:
+    if guard.stdin is not None:
+        with contextlib.suppress(OSError):
+            guard.stdin.close()

@@ -1,0 +1,127 @@
+"""What can go wrong, each named after the fact: a status, a title, one line. Pure Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One place in the input and what is wrong with it; `path` is a JSON path (`$.messages[0].role`)."""
+
+    path: str
+    message: str
+
+
+class ChatHistoryError(Exception):
+    """The base of every error that this service raises on purpose.
+
+    `status` is the HTTP status that the error means, `title` a sentence that never changes, `detail`
+    what happened this time, `faults` the places in the input.
+    """
+
+    status = 500
+    title = "The service failed"
+
+    def __init__(self, detail: str = "", faults: Sequence[Fault] = ()) -> None:
+        super().__init__(detail or self.title)
+        self.detail = detail
+        self.faults = tuple(faults)
+
+    @classmethod
+    def slug(cls) -> str:
+        """Return the error's name in kebab case, which ends its `type`."""
+        name = cls.__name__
+        return "".join(f"-{c.lower()}" if c.isupper() else c for c in name).lstrip("-")
+
+
+class InvalidRequest(ChatHistoryError):
+    """The input breaks a rule; `faults` says where."""
+
+    status = 422
+    title = "The request is not valid"
+
+
+class MalformedBody(ChatHistoryError):
+    """The body is not JSON in UTF-8."""
+
+    status = 400
+    title = "The body is not JSON"
+
+
+class BodyTooLarge(ChatHistoryError):
+    """The body is larger than `CHAT_BODY_BYTES_MAX`."""
+
+    status = 413
+    title = "The body is too large"
+
+
+class BatchTooLarge(ChatHistoryError):
+    """The database cannot take so many bytes in one transaction. Nothing was stored."""
+
+    status = 413
+    title = "The batch is too large for one transaction"
+
+
+class BodyTooSlow(ChatHistoryError):
+    """The body did not arrive within `CHAT_BODY_TIMEOUT_MS`."""
+
+    status = 408
+    title = "The body took too long"
+
+
+class UnsupportedBody(ChatHistoryError):
+    """The body's content type or encoding is not one that the service reads."""
+
+    status = 415
+    title = "The body must be application/json, not compressed"
+
+
+class ConversationNotFound(ChatHistoryError):
+    """No such conversation, or it is somebody else's: one answer for both."""
+
+    status = 404
+    title = "There is no such conversation"
+
+
+class MessageNotFound(ChatHistoryError):
+    """The conversation has no such message."""
+
+    status = 404
+    title = "There is no such message"
+
+
+class ConversationIdTaken(ChatHistoryError):
+    """The id that the caller chose is not free."""
+
+    status = 409
+    title = "This conversation id is taken"
+
+
+class IdempotencyConflict(ChatHistoryError):
+    """The idempotency key or a message id stands for a different request already."""
+
+    status = 409
+    title = "This key or id was used for different messages"
+
+
+class DatabaseUnavailable(ChatHistoryError):
+    """The database does not answer, or not in time. Nothing is known to be stored; retry."""
+
+    status = 503
+    title = "The database is not available"
+
+
+class StorageFull(ChatHistoryError):
+    """The database has no room left. Nothing was stored."""
+
+    status = 507
+    title = "The database has no room left"
+
+
+class UnsuitableDatabase(ChatHistoryError):
+    """The database is one that this service cannot run on (a standalone `mongod`)."""
+
+    status = 503
+    title = "The database cannot serve this service"

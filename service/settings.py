@@ -1,0 +1,91 @@
+"""Every `CHAT_*` variable and every limit of the service, in one frozen class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+# MongoDB's own limit of one document, less what the service's fields may take (five of them, three
+# of which hold ids of at most 128 characters).
+MESSAGE_BYTES_MAX = 16 * 1024 * 1024 - 1024
+# MongoDB nests 100 levels; the message, its list and the driver's command take a few of them.
+JSON_LEVELS_MAX = 90
+# How many messages one transaction deletes. MongoDB advises about 1,000 documents a transaction.
+DELETE_BATCH_ITEMS = 1_000
+# How many `seq`s one read may span on an engine that reads its whole match before it cuts.
+WINDOW_SEQS_MAX = 4_096
+
+
+class Settings(BaseSettings):
+    """What the service reads from the environment and from `.env`; nothing else configures it."""
+
+    model_config = SettingsConfigDict(env_prefix="CHAT_", env_file=".env", extra="ignore", frozen=True)
+
+    host: str = Field("127.0.0.1", description="The address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
+    workers: int = Field(1, ge=1, le=64, description="Service processes that share the port.")
+
+    mongodb_url: str | None = Field(
+        None,
+        description="A replica set or a sharded cluster. Unset: the embedded engine is started.",
+    )
+    database: str = Field(
+        "chat_history",
+        pattern=r"^[A-Za-z0-9_-]{1,38}$",
+        description="The database's name.",
+    )
+    data_dir: Path = Field(Path("./data"), description="Where the embedded engine keeps its data.")
+    embedded_port: int = Field(27018, ge=1, le=65535, description="The embedded engine's port on 127.0.0.1.")
+    embedded_cache: str = Field(
+        "1G",
+        pattern=r"^[1-9][0-9]*[MG]$",
+        description="The most memory of the embedded engine's cache; one append may fill 7% of it.",
+    )
+
+    database_timeout_ms: int = Field(
+        5_000, ge=100, description="All database work of one call together; then 503."
+    )
+    server_selection_timeout_ms: int = Field(
+        2_000, ge=100, description="How long one call waits for a database that is away."
+    )
+    retry_after_s: int = Field(1, ge=1, description="The `Retry-After` of a 503.")
+    body_timeout_ms: int = Field(
+        30_000, ge=100, description="How long a client may take to send its request's body."
+    )
+    shutdown_timeout_ms: int = Field(
+        10_000, ge=100, description="How long requests in flight may take once we are told to stop."
+    )
+
+    body_bytes_max: int = Field(32 * 1024 * 1024, ge=1024, description="The largest request body.")
+    page_items_default: int = Field(50, ge=1, description="Items of a page when none is asked for.")
+    page_items_max: int = Field(1_000, ge=1, description="The most items of one page.")
+    page_bytes_max: int = Field(
+        32 * 1024 * 1024, ge=1024, description="A page ends early beyond this; `has_more` says so."
+    )
+    batch_items_max: int = Field(1_000, ge=1, description="The most messages of one append.")
+
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="`auto` is console in a terminal and JSON elsewhere."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="What is logged, at the least."
+    )
+
+    @property
+    def embedded_url(self) -> str:
+        """Name the embedded engine as drivers and `mongosh` take it.
+
+        `retryWrites=false` because SecantusDB scans its table of retryable writes at every write.
+        """
+        return (
+            f"mongodb://127.0.0.1:{self.embedded_port}/{self.database}"
+            "?directConnection=true&retryWrites=false"
+        )
+
+    @property
+    def url(self) -> str:
+        """Name the database that the service uses, embedded or not."""
+        return self.mongodb_url or self.embedded_url

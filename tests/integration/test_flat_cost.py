@@ -1,0 +1,243 @@
+"""A page costs the page: counted in commands and in documents that the engine looked at, not in time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pymongo import MongoClient, monitoring
+from pymongo.database import Database as MongoDatabase
+
+from service.chat_service import ChatService
+from service.database import Database
+from service.settings import Settings
+from tests.harness import Service, new_id
+
+LONG, SHORT = 50_000, 50
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Commands(monitoring.CommandListener):
+    """Every command that the driver sends to our database, in order."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        if event.database_name != "admin" or event.command_name == "commitTransaction":
+            self.sent.append(event.command)
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def operator(service: Service) -> Iterator[MongoDatabase[dict[str, Any]]]:
+    with MongoClient[dict[str, Any]](service.database_url) as client:
+        yield client.get_default_database()
+
+
+@pytest.fixture(scope="module")
+def talks(operator: MongoDatabase[dict[str, Any]]) -> dict[int, str]:
+    """A conversation of 50,000 messages and one of 50, as the service would have stored them."""
+    made = {}
+    for size in (LONG, SHORT):
+        conversation = made[size] = new_id()
+        about = {"user_id": "ada", "title": None, "metadata": {}, "exact_metadata": None}
+        end = START + timedelta(seconds=size)
+        counts = {"created_at": START, "updated_at": end, "last_seq": size, "message_count": size}
+        operator.conversations.insert_one({"_id": conversation, **about, **counts})
+        for first in range(1, size + 1, 1_000):
+            operator.messages.insert_many(
+                {
+                    "_id": f"{conversation}/m{seq}",
+                    "conversation_id": conversation,
+                    "user_id": "ada",
+                    "seq": seq,
+                    "created_at": START + timedelta(seconds=seq),
+                    "role": "system" if seq == 7 else "assistant" if seq % 2 else "user",
+                    "content": f"{seq}",
+                }
+                for seq in range(first, min(first + 1_000, size + 1))
+            )
+    return made
+
+
+@pytest.fixture
+async def counted(service: Service) -> AsyncIterator[tuple[ChatService, Commands, Database]]:
+    """The service module itself, on the engine, with every command counted."""
+    settings = Settings(mongodb_url=service.database_url, database_timeout_ms=60_000)
+    commands = Commands()
+    monitoring.register(commands)
+    database = Database(settings)
+    await database.open()
+    monitoring._LISTENERS.command_listeners.remove(commands)
+    commands.sent.clear()
+    yield ChatService(database, settings), commands, database
+    await database.close()
+
+
+READS: list[tuple[str, dict[str, Any]]] = [
+    ("the first page", {}),
+    ("the last page", {"last": 50}),
+    ("a page in the middle", {"after": LONG // 2}),
+    ("a page in the middle, backwards", {"before": LONG // 2, "order": "desc"}),
+    ("a page of one role", {"after": LONG // 2, "role": "user"}),
+    ("a role that hardly occurs", {"role": "system"}),
+    ("from a time on", {"since": START + timedelta(seconds=LONG // 3)}),
+    ("up to a time", {"until": START + timedelta(seconds=LONG // 3), "last": 50}),
+]
+# A time is found by halves on this engine, which takes the logarithm of the conversation.
+TIME_STEPS = 16
+
+
+@pytest.mark.parametrize(("which", "query"), READS, ids=[name for name, _ in READS])
+async def test_a_page_costs_the_same_in_a_conversation_of_50000_messages_as_in_one_of_50(
+    counted: Any,
+    talks: dict[int, str],
+    operator: MongoDatabase[dict[str, Any]],
+    which: str,
+    query: dict[str, Any],
+) -> None:
+    chat, commands, _ = counted
+    page = await chat.get_chat_history(talks[LONG], **query)
+    assert len(page.messages) == (1 if query.get("role") == "system" else 50)
+    finds = [each for each in commands.sent if each["find"] == "messages"]
+    by_time = "since" in query or "until" in query
+    # A role that hardly occurs is looked for in windows that are empty, and cost next to nothing.
+    assert len(finds) <= (1 if not ({"role"} & set(query) or by_time) else TIME_STEPS + 3), which
+    looked_at = [_examined(operator, each) for each in finds]
+    assert all(plan in INDEXES for plan, _ in looked_at), looked_at
+    assert max(count for _, count in looked_at) <= 130
+    assert sum(count for _, count in looked_at) <= 51 + 51 + (1 + TIME_STEPS) * 2 + 64 * by_time
+
+
+INDEXES = {"conversation_id_1_seq_1", "conversation_id_1_created_at_1", "conversation_id_1_role_1_seq_1"}
+
+
+def _examined(operator: MongoDatabase[dict[str, Any]], find: Any) -> tuple[str, int]:
+    """The index that serves a find that was sent, and how many documents it makes the engine look at.
+
+    The embedded engine looks at all that the filter matches, whatever its own statistics say.
+    """
+    names = ("find", "filter", "sort", "limit")
+    command = {name: find[name] for name in names if name in find}
+    explained = operator.command("explain", command, verbosity="executionStats")
+    plan = explained["queryPlanner"]["winningPlan"]
+    while plan["stage"] != "IXSCAN":
+        plan = plan["inputStage"]
+    if "secantusVersion" in operator.command("buildInfo"):
+        return plan["indexName"], operator[find["find"]].count_documents(find["filter"])
+    return plan["indexName"], explained["executionStats"]["totalDocsExamined"]
+
+
+async def test_times_use_the_index_of_times(counted: Any, talks: Any, operator: Any) -> None:
+    chat, commands, _ = counted
+    await chat.get_chat_history(talks[LONG], since=START + timedelta(seconds=40_000))
+    plans = [_examined(operator, each)[0] for each in commands.sent if each["find"] == "messages"]
+    assert plans.count("conversation_id_1_created_at_1") == 1
+
+
+async def test_a_role_uses_the_index_of_roles(counted: Any, talks: Any, operator: Any) -> None:
+    chat, commands, _ = counted
+    await chat.get_chat_history(talks[LONG], after=100, role="user")
+    plans = {_examined(operator, each)[0] for each in commands.sent if each["find"] == "messages"}
+    assert plans == {"conversation_id_1_role_1_seq_1"}
+
+
+async def test_the_list_costs_the_page_and_uses_its_index(counted: Any, operator: Any) -> None:
+    chat, commands, _ = counted
+    user = new_id("user")
+    start = datetime.now(UTC) - timedelta(minutes=3_000)
+    operator.conversations.insert_many(
+        {
+            "_id": f"{user}-{n}",
+            "user_id": user,
+            "metadata": {},
+            "created_at": start,
+            "updated_at": start + timedelta(minutes=n),
+            "last_seq": 0,
+            "message_count": 0,
+        }
+        for n in range(3_000)
+    )
+    after = None
+    for page_number in range(4):
+        commands.sent.clear()
+        page = await chat.list_conversations(user, limit=20, after=after)
+        expected = [f"{user}-{2999 - page_number * 20 - n}" for n in range(20)]
+        assert [each.id for each in page.conversations] == expected
+        assert page.has_more
+        looked_at = 0
+        for find in commands.sent:
+            plan, count = _examined(operator, find)
+            assert plan == "user_id_1_updated_at_-1__id_1"
+            looked_at += count
+        # A window is at most eight times as wide as the one before it.
+        assert looked_at <= 20 * 8 + 20
+        after = page.next
+
+
+async def test_on_mongodb_one_query_reads_the_same(counted: Any, talks: Any) -> None:
+    """MongoDB cuts a read at its limit, so there the service asks once; here only the answers count."""
+    chat, commands, database = counted
+    queries: list[dict[str, Any]] = [
+        {},
+        {"after": 20, "limit": 7},
+        {"last": 9},
+        {"order": "desc", "before": 30},
+        {"role": "user", "limit": 9},
+        {"since": START + timedelta(seconds=10), "until": START + timedelta(seconds=30)},
+        {"until": START + timedelta(seconds=3)},
+    ]
+    here = [await chat.get_chat_history(talks[SHORT], **query) for query in queries]
+    listed = await chat.list_conversations("ada", limit=3)
+    database.embedded_engine = False
+    commands.sent.clear()
+    assert [await chat.get_chat_history(talks[SHORT], **query) for query in queries] == here
+    assert len(commands.sent) == len(queries) * 2 + 6  # a conversation and a page each; two for each time
+    assert await chat.list_conversations("ada", limit=3) == listed
+
+
+async def test_an_append_is_four_round_trips_all_of_them_in_its_transaction(counted: Any) -> None:
+    chat, commands, _ = counted
+    conversation, _ = await chat.get_or_create_conversation("ada", new_id())
+    for size in (1, 4, 1_000):
+        commands.sent.clear()
+        await chat.add_messages(conversation.id, [{"role": "user", "content": "x"}] * size)
+        assert [next(iter(each)) for each in commands.sent] == [
+            "update",
+            "find",
+            "insert",
+            "commitTransaction",
+        ]
+        assert len({each["txnNumber"] for each in commands.sent}) == 1
+        assert commands.sent[-1]["writeConcern"] == {"w": "majority", "j": True}
+
+
+async def test_every_write_is_part_of_a_transaction(counted: Any) -> None:
+    chat, commands, _ = counted
+    conversation, _ = await chat.get_or_create_conversation("ada", new_id())
+    stored = await chat.add_messages(conversation.id, [{"role": "user"}] * 5)
+    await chat.update_conversation(conversation.id, title="x")
+    await chat.delete_message(conversation.id, stored.messages[0]["id"])
+    await chat.delete_messages(conversation.id, after=3)
+    await chat.delete_conversation(conversation.id)
+    writes = [each for each in commands.sent if next(iter(each)) in {"insert", "update", "delete"}]
+    assert len(writes) == 12
+    assert all(each["autocommit"] is False for each in writes)
+
+
+async def test_reads_are_of_what_a_majority_has(counted: Any, talks: Any) -> None:
+    chat, commands, _ = counted
+    await chat.get_chat_history(talks[SHORT])
+    assert [each["readConcern"]["level"] for each in commands.sent] == ["majority", "majority"]
+
+
+def test_the_indexes_are_the_ones_that_documents_declares(operator: Any) -> None:
+    messages = operator.messages.index_information()
+    assert set(messages) == {"_id_", *INDEXES}
+    assert messages["conversation_id_1_seq_1"]["unique"]
+    assert set(operator.conversations.index_information()) == {"_id_", "user_id_1_updated_at_-1__id_1"}

@@ -1,0 +1,75 @@
+"""Honest when down: the database is away, comes back, or was never there."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import httpx
+
+from tests.harness import Service, append, create, free_port, running, whole_history
+
+
+def assert_honest(response: httpx.Response) -> None:
+    assert response.status_code == 503, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["type"].endswith("database-unavailable")
+
+
+def test_a_service_without_a_database_starts_and_becomes_ready_when_it_comes(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"mongodb://127.0.0.1:{port}/chat_history?directConnection=true&retryWrites=false"
+    service = Service(tmp_path / "service", mongodb_url=url, server_selection_timeout_ms=500)
+    service.directory.mkdir()
+    engine = Service(tmp_path)
+    engine.embedded_port = port
+    try:
+        service.start(wait=False)
+        service.wait_until("/health/live")
+        with service.client() as client:
+            for call in ("/health/ready", "/conversations?user_id=ada", "/conversations/c/messages"):
+                began = time.monotonic()
+                assert_honest(client.get(call))
+                assert time.monotonic() - began < 10
+            assert_honest(client.post("/conversations", json={"user_id": "ada"}))
+        engine.start()
+        service.wait_until("/health/ready", timeout_s=20)
+        with service.client() as client:
+            conversation = create(client)
+            stored = append(client, conversation, {"role": "user", "content": "x"})
+            assert whole_history(client, conversation) == stored
+            engine.stop()
+            assert_honest(client.get(f"/conversations/{conversation}"))
+            assert_honest(client.get("/health/ready"))
+            assert client.get("/health/live").status_code == 200
+            engine.start()
+            service.wait_until("/health/ready", timeout_s=20)
+            assert whole_history(client, conversation) == stored
+        assert service.stop() == 0
+    finally:
+        service.kill()
+        engine.stop()
+
+
+def test_requests_in_flight_are_answered_when_the_service_is_told_to_stop(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        with service.client() as client:
+            conversation = create(client)
+            request = client.build_request(
+                "POST",
+                f"/conversations/{conversation}/messages",
+                json={"messages": [{"role": "user", "content": "x" * 20_000}] * 400},
+            )
+        with httpx.Client(timeout=30) as slow:
+            answers: list[httpx.Response] = []
+            thread = threading.Thread(target=lambda: answers.append(slow.send(request)))
+            thread.start()
+            time.sleep(0.15)
+            assert service.stop() == 0
+            thread.join()
+        assert [each.status_code for each in answers] == [201]
+        service.start()
+        with service.client() as client:
+            assert len(whole_history(client, conversation)) == 400

@@ -1,0 +1,58 @@
+"""The service module on mongomock: rules and shapes only, for mongomock has no transactions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import bson
+import pytest
+from beanie import Document, init_beanie
+from mongomock_motor import AsyncMongoMockClient
+from pymongo.errors import BulkWriteError, DuplicateKeyError
+
+from service.chat_service import ChatService
+from service.database import Database, Transaction
+from service.documents import Conversation, Message
+from service.settings import Settings
+
+
+class MockDatabase(Database):
+    """Runs the work of a transaction once, without one; what it would roll back stays."""
+
+    async def open(self) -> None:
+        client: Any = AsyncMongoMockClient(tz_aware=True)
+        await init_beanie(client["unit"], document_models=[Conversation, Message])
+        await Conversation.find_all().delete()
+        await Message.find_all().delete()
+
+    @contextlib.asynccontextmanager
+    async def call(self) -> AsyncIterator[None]:
+        yield
+
+    async def transaction(self, work: Any, transaction: Transaction | None = None) -> Any:
+        return await work(transaction or Transaction())
+
+    async def read(self, document: type[Document], query: Any, **options: Any) -> list[bytes]:
+        cursor = document.get_motor_collection().find(dict(query))
+        if options.get("sort"):
+            cursor = cursor.sort(list(options["sort"]))
+        if options.get("limit"):
+            cursor = cursor.limit(options["limit"])
+        return [bson.encode(each) for each in await cursor.to_list(None)]
+
+    async def insert(self, document: type[Document], documents: Sequence[bytes], _session: Any) -> None:
+        decoded = [bson.decode(each, bson.CodecOptions(tz_aware=True)) for each in documents]
+        try:
+            await document.get_motor_collection().insert_many(decoded)
+        except BulkWriteError as error:
+            raise DuplicateKeyError(str(error)) from error
+
+
+@pytest.fixture
+async def chat() -> ChatService:
+    settings = Settings(_env_file=None)
+    database = MockDatabase(settings)
+    await database.open()
+    return ChatService(database, settings)

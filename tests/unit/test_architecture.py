@@ -1,0 +1,61 @@
+"""What imports what: the one-way street that docs/decisions and the README promise."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+SERVICE = Path(__file__).parents[2] / "service"
+LAYERS = {
+    "errors": set(),
+    "settings": set(),
+    "payloads": {"errors", "settings"},
+    "documents": set(),
+    "database": {"documents", "errors", "payloads", "settings"},
+    "chat_service": {"database", "documents", "errors", "payloads", "settings"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "service":
+            found |= {f"service.{each.name}" for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_only_the_module_that_opens_the_database_names_motor() -> None:
+    modules = sorted(SERVICE.rglob("*.py"))
+    assert len(modules) > 10
+    naming = [each.name for each in modules if any(name.split(".")[0] == "motor" for name in imports(each))]
+    assert naming == ["database.py"]
+    speaking = [each.name for each in modules if "get_motor_collection" in each.read_text()]
+    assert speaking == ["database.py"]
+
+
+def test_the_service_module_and_what_is_below_it_know_no_http() -> None:
+    for module in LAYERS:
+        roots = {each.split(".")[0] for each in imports(SERVICE / f"{module}.py")}
+        assert not roots & {"fastapi", "starlette", "uvicorn", "httpx"}, module
+
+
+def test_imports_go_one_way() -> None:
+    for module, allowed in LAYERS.items():
+        own = {
+            each.split(".")[1] for each in imports(SERVICE / f"{module}.py") if each.startswith("service.")
+        }
+        assert own <= allowed, module
+
+
+def test_the_engine_is_used_as_a_separate_program_and_never_imported() -> None:
+    for path in SERVICE.rglob("*.py"):
+        assert "secantus" not in {each.split(".")[0] for each in imports(path)}, path
+
+
+def test_the_guard_needs_the_standard_library_only() -> None:
+    known = {"__future__", "ctypes", "os", "signal", "subprocess", "sys", "threading"}
+    assert imports(SERVICE / "embedded_guard.py") == known

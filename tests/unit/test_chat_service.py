@@ -1,0 +1,122 @@
+"""The rules of the service module, as a Python caller meets them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from service.chat_service import ChatService, message_ids
+from service.errors import (
+    ConversationIdTaken,
+    ConversationNotFound,
+    IdempotencyConflict,
+    InvalidRequest,
+    MessageNotFound,
+)
+
+
+async def test_a_conversation_is_got_or_created(chat: ChatService) -> None:
+    made, created = await chat.get_or_create_conversation("ada", "c", title="T", metadata={"k": [1]})
+    assert created
+    assert (made.id, made.user_id, made.title, made.metadata) == ("c", "ada", "T", {"k": [1]})
+    again, created = await chat.get_or_create_conversation("ada", "c")
+    assert not created
+    assert again.metadata == {"k": [1]}
+    with pytest.raises(ConversationIdTaken):
+        await chat.get_or_create_conversation("bob", "c")
+
+
+async def test_messages_are_plain_dicts_in_the_callers_order(chat: ChatService) -> None:
+    await chat.get_or_create_conversation("ada", "c")
+    said = {"content": None, "role": "assistant", "zeta": 1, "alpha": {"b": 1, "a": 2}}
+    appended = await chat.add_message("c", said)
+    (stored,) = appended.messages
+    assert list(stored) == ["id", "conversation_id", "user_id", "seq", "created_at", *said]
+    assert list(stored["alpha"]) == ["b", "a"]
+    assert not appended.replayed
+    page = await chat.get_chat_history("c")
+    assert page.messages == [stored]
+    assert type(page.messages[0]["alpha"]) is dict
+
+
+async def test_seq_counts_from_1_and_batches_stand_together(chat: ChatService) -> None:
+    await chat.get_or_create_conversation("ada", "c")
+    await chat.add_message("c", {"role": "user", "content": "1"})
+    batch = await chat.add_messages("c", [{"role": "tool", "content": str(n)} for n in (2, 3, 4)])
+    assert [each["seq"] for each in batch.messages] == [2, 3, 4]
+    about = await chat.get_conversation("c")
+    assert (about.last_seq, about.message_count) == (4, 4)
+
+
+@pytest.mark.parametrize("verb", ["get", "update", "delete", "add", "history", "cut", "message"])
+async def test_somebody_elses_conversation_is_not_found_by_any_verb(chat: ChatService, verb: str) -> None:
+    await chat.get_or_create_conversation("ada", "c")
+    calls: dict[str, Any] = {
+        "get": lambda owner: chat.get_conversation("c", owner),
+        "update": lambda owner: chat.update_conversation("c", owner, title="x"),
+        "delete": lambda owner: chat.delete_conversation("c", owner),
+        "add": lambda owner: chat.add_message("c", {"role": "user"}, owner),
+        "history": lambda owner: chat.get_chat_history("c", owner),
+        "cut": lambda owner: chat.delete_messages("c", owner),
+        "message": lambda owner: chat.get_message("c", "m", owner),
+    }
+    for owner in ("bob", ""):
+        with pytest.raises(ConversationNotFound):
+            await calls[verb](owner)
+
+
+async def test_a_replay_is_told_from_a_conflict(chat: ChatService) -> None:
+    await chat.get_or_create_conversation("ada", "c")
+    message = {"role": "user", "content": "x", "id": "m"}
+    first = await chat.add_message("c", message)
+    again = await chat.add_message("c", message)
+    assert (again.replayed, again.messages) == (True, first.messages)
+    with pytest.raises(IdempotencyConflict):
+        await chat.add_message("c", message | {"content": "y"})
+
+
+@pytest.mark.parametrize("bad", [{"limit": 0}, {"limit": 1001}, {"last": 0}, {"last": 5000}])
+async def test_a_page_has_limits(chat: ChatService, bad: dict[str, int]) -> None:
+    await chat.get_or_create_conversation("ada", "c")
+    with pytest.raises(InvalidRequest):
+        await chat.get_chat_history("c", **bad)  # type: ignore[arg-type]
+
+
+async def test_a_message_that_is_not_there_is_not_found(chat: ChatService) -> None:
+    await chat.get_or_create_conversation("ada", "c")
+    with pytest.raises(MessageNotFound):
+        await chat.get_message("c", "none")
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "a/b", "x" * 129, ".", "..", "a\n", "é", None, 5])
+async def test_ids_have_a_form(chat: ChatService, bad: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await chat.get_or_create_conversation("ada", bad if bad is not None else "")
+    assert caught.value.faults[0].path == "$.id"
+    with pytest.raises(InvalidRequest) as caught:
+        await chat.get_or_create_conversation(bad)
+    assert caught.value.faults[0].path == "$.user_id"
+
+
+@pytest.mark.parametrize("good", ["a", "A-Z_0.9", "user:1@example~x", "...", "x" * 128])
+async def test_ids_of_that_form_are_taken(chat: ChatService, good: str) -> None:
+    made, _ = await chat.get_or_create_conversation(good, good)
+    assert made.id == good
+
+
+def test_message_ids_come_from_the_key_or_an_own_id_or_chance() -> None:
+    messages: list[dict[str, Any]] = [{"role": "user"}, {"role": "user"}]
+    keyed, follower = message_ids(messages, "k")
+    assert message_ids(messages, "k") == (keyed, follower)
+    assert message_ids(messages[:1], "k")[1] == keyed[1]
+    assert message_ids([*messages, *messages], "k")[0][2] == follower
+    assert message_ids(messages, "other")[0] != keyed
+    named = [{"role": "user"}, {"role": "user", "id": "mine"}]
+    assert message_ids(named, None) == message_ids(named, None)
+    assert message_ids(named, None)[0][1] == "mine"
+    assert message_ids(messages, None) != message_ids(messages, None)
+    assert all(re.fullmatch(r"[A-Za-z0-9._:@~-]{1,128}", each) for each in keyed)
+    # A caller may name a message like a key; the two do not meet.
+    assert message_ids([{"id": "k"}, {}], None)[0][1] != keyed[1]
