@@ -32,7 +32,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unpack, cast
 from weakref import WeakValueDictionary
 
 import bson
@@ -125,6 +125,20 @@ class Span:
     def between(self, low: int, high: int) -> Span:
         """Return the part of it that lies in `low` < seq <= `high`."""
         return Span(self.conversation_id, max(low, self.low), min(high, self.high), self.role)
+
+    def beyond(self, seq: int, backwards: bool) -> Span:
+        """Return the part of it that is left to read after this seq."""
+        return self.between(self.low, seq - 1) if backwards else self.between(seq, self.high)
+
+
+class HistoryFilters(TypedDict, total=False):
+    """Which messages of a history: seqs exclusive, times (aware) inclusive, one role or all."""
+
+    after: int | None
+    before: int | None
+    since: datetime | None
+    until: datetime | None
+    role: Role | None
 
 
 @dataclass(frozen=True)
@@ -517,25 +531,19 @@ class ChatService:
         user_id: str | None = None,
         *,
         limit: int | None = None,
-        after: int | None = None,
-        before: int | None = None,
         last: int | None = None,
         order: Order = "asc",
-        since: datetime | None = None,
-        until: datetime | None = None,
-        role: Role | None = None,
+        **filters: Unpack[HistoryFilters],
     ) -> History:
         """Return a page of messages, oldest first, or newest first with `order="desc"`.
 
-        `after` and `before` are seqs, exclusive; `since` and `until` are times, inclusive; `last` asks
-        for the newest so many, oldest first, in place of `limit` and `order`. A page has at most `limit`
-        messages, and fewer, with `has_more`, where they are large (`CHAT_PAGE_BYTES_MAX`). Raises
-        ConversationNotFound, InvalidRequest.
+        `last` asks for the newest so many, oldest first, in place of `limit` and `order`. A page has at
+        most `limit` messages, and fewer, with `has_more`, where they are large (`CHAT_PAGE_BYTES_MAX`).
+        Raises ConversationNotFound, InvalidRequest.
         """
         count = self._page_items(limit if last is None else last, "limit" if last is None else "last")
         backwards = order == "desc" or last is not None
-        conversation = await self._conversation(conversation_id, user_id)
-        span = await self._span(conversation, after, before, since, until, role)
+        span = await self._span(await self._conversation(conversation_id, user_id), filters)
         found, cut = await self._read_page(span, count + 1, backwards)
         page = found[:count]
         edge = page[-1]["seq"] if page else None
@@ -549,12 +557,8 @@ class ChatService:
         user_id: str | None = None,
         *,
         limit: int | None = None,
-        after: int | None = None,
-        before: int | None = None,
         order: Order = "asc",
-        since: datetime | None = None,
-        until: datetime | None = None,
-        role: Role | None = None,
+        **filters: Unpack[HistoryFilters],
     ) -> AsyncIterator[list[Json]]:
         """Yield the whole history in parts, each read when it is asked for; memory stays that of a part.
 
@@ -563,22 +567,17 @@ class ChatService:
         empty; errors of the arguments come with it.
         """
         async with self._database.call():
-            conversation = await self._conversation(conversation_id, user_id)
-            span = await self._span(conversation, after, before, since, until, role)
+            span = await self._span(await self._conversation(conversation_id, user_id), filters)
         left = limit if limit is not None else span.high - span.low
-        more = True
-        first = True
-        while first or (more and left > 0):
+        while True:
+            wanted = min(left, _CHUNK_ITEMS)
             async with self._database.call():
-                wanted = min(left, _CHUNK_ITEMS)
-                part, cut = await self._read_page(span, wanted, order == "desc") if wanted else ([], False)
-            more = cut or len(part) == wanted
-            first = False
-            left -= len(part)
-            if part:
-                seq = part[-1]["seq"]
-                span = span.between(span.low, seq - 1) if order == "desc" else span.between(seq, span.high)
+                part, cut = await self._read_page(span, wanted, order == "desc")
             yield part
+            left -= len(part)
+            if left <= 0 or not (cut or len(part) == wanted):
+                return
+            span = span.beyond(part[-1]["seq"], order == "desc")
 
     @_in_one_call
     async def get_message(self, conversation_id: str, message_id: str, user_id: str | None = None) -> Json:
@@ -593,24 +592,17 @@ class ChatService:
         found = await self._database.read(Message, {"_id": f"{conversation_id}/{message_id}"})
         return _public(found[0]) if found else None
 
-    async def _span(  # noqa: PLR0917  (the filters of a history, as the API has them)
-        self,
-        conversation: Conversation,
-        after: int | None,
-        before: int | None,
-        since: datetime | None,
-        until: datetime | None,
-        role: Role | None,
-    ) -> Span:
+    async def _span(self, conversation: Conversation, filters: HistoryFilters) -> Span:
         """Turn what was asked for into a range of seqs, bounded on both sides by the conversation's own."""
-        low = after if after is not None else 0
+        low = filters.get("after") or 0
         high = conversation.last_seq
-        if before is not None:
+        if (before := filters.get("before")) is not None:
             high = min(high, before - 1)
-        span = Span(conversation.id, low, max(low, high), role)
-        if since is not None:
-            span = span.between(await self._last_seq_before(conversation, since), span.high)
-        if until is not None:
+        span = Span(conversation.id, low, max(low, high), filters.get("role"))
+        if (since := filters.get("since")) is not None:
+            low = await self._last_seq_before(conversation, _whole_ms(since))
+            span = span.between(low, span.high)
+        if (until := filters.get("until")) is not None:
             just_after = _whole_ms(until) + timedelta(milliseconds=1)
             span = span.between(span.low, await self._last_seq_before(conversation, just_after))
         return span
@@ -669,8 +661,7 @@ class ChatService:
                 size += len(raw)
             if len(chunk) < wanted:
                 break
-            seq = found[-1]["seq"]
-            span = span.between(span.low, seq - 1) if backwards else span.between(seq, span.high)
+            span = span.beyond(found[-1]["seq"], backwards)
         return found, False
 
     async def _read_windows(self, span: Span, count: int, backwards: bool) -> list[bytes]:

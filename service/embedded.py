@@ -53,15 +53,16 @@ class EmbeddedEngine:
         self._settings = settings
         self._port = settings.embedded_port
         self._data = settings.data_dir
-        self._lock: IO[str] | None = None
+        self._service_lock: IO[str] | None = None
+        self._engine_lock: IO[str] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._supervisor: threading.Thread | None = None
 
     def __enter__(self) -> EmbeddedEngine:
         program = _program()
-        self._lock = self._take_data_directory()
         try:
+            self._take_data_directory()
             self._require_free_port()
             self._guard = self._start(program)
             self._wait_until_it_listens(self._guard)
@@ -85,32 +86,39 @@ class EmbeddedEngine:
 
     # -- what it needs -----------------------------------------------------------------------------
 
-    def _take_data_directory(self) -> IO[str]:
-        """Lock the data directory; wait for an engine to end whose service was killed just now."""
+    def _take_data_directory(self) -> None:
+        """Lock the data directory for this service, then wait for an engine that is about to end.
+
+        Two locks, because the engine of a service that was killed lives on for a moment: the service's
+        own is free at once, and tells a living user of the directory from one that is gone.
+        """
         try:
             self._data.mkdir(parents=True, exist_ok=True)
-            lock = (self._data / "lock").open("a+")
+            self._service_lock = (self._data / "service.lock").open("a+")
+            self._engine_lock = (self._data / "engine.lock").open("a+")
         except OSError as error:
             raise EmbeddedEngineError(
                 f"The data directory {self._data} cannot be written ({error.strerror}). "
                 "Name another with CHAT_DATA_DIR."
             ) from error
+        if not _locked(self._service_lock):
+            self._service_lock.seek(0)
+            raise self._in_use(by=self._service_lock.read())
+        self._service_lock.truncate(0)
+        self._service_lock.write(str(os.getpid()))
+        self._service_lock.flush()
         deadline = time.monotonic() + _LOCK_TIMEOUT_S
-        while not _locked(lock):
-            lock.seek(0)
-            holder = lock.read()
-            if time.monotonic() > deadline or _lives(holder):
-                raise EmbeddedEngineError(
-                    f"The data directory {self._data} is in use by process {holder or '?'}. Stop "
-                    "it, or name another directory with CHAT_DATA_DIR, or let this service share that "
-                    f"one's engine with CHAT_MONGODB_URL={self._settings.embedded_url!r}."
-                )
+        while not _locked(self._engine_lock):
+            if time.monotonic() > deadline:
+                raise self._in_use(by="of an engine that does not end")
             time.sleep(_POLL_S)
-        lock.seek(0)
-        lock.truncate()
-        lock.write(str(os.getpid()))
-        lock.flush()
-        return lock
+
+    def _in_use(self, by: str) -> EmbeddedEngineError:
+        return EmbeddedEngineError(
+            f"The data directory {self._data} is in use by process {by}. Stop it, or name another "
+            "directory with CHAT_DATA_DIR, or let this service share that one's engine with "
+            f"CHAT_MONGODB_URL={self._settings.embedded_url!r}."
+        )
 
     def _require_free_port(self) -> None:
         with socket.socket() as probe:
@@ -126,21 +134,21 @@ class EmbeddedEngine:
     # -- its life ----------------------------------------------------------------------------------
 
     def _start(self, program: str) -> subprocess.Popen[bytes]:
-        assert self._lock is not None
+        assert self._engine_lock is not None
         # A configuration file of ours, for without one the engine takes any it finds lying about.
         config = self._data / "engine.toml"
         config.write_text("# Everything is said on the command line.\n")
         command = [program, "--config", str(config), "--host", _HOST, "--port", str(self._port)]
         command += ["--storage-path", str(self._data / "engine"), "--sync-on-commit"]
         command += ["--cache-size", self._settings.embedded_cache, "--log-level", "WARNING"]
-        guard = [sys.executable, "-I", embedded_guard.__file__, str(self._lock.fileno()), *command]
+        guard = [sys.executable, "-I", embedded_guard.__file__, str(self._engine_lock.fileno()), *command]
         with (self._data / "engine.log").open("wb") as output:
             return subprocess.Popen(
                 guard,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
-                pass_fds=(self._lock.fileno(),),
+                pass_fds=(self._engine_lock.fileno(),),
                 # A session of its own: Ctrl-C in the terminal is for the service, which stops the
                 # engine when the last request is answered.
                 start_new_session=True,
@@ -189,8 +197,9 @@ class EmbeddedEngine:
             except subprocess.TimeoutExpired:
                 self._guard.kill()
                 self._guard.wait()
-        if self._lock is not None:
-            self._lock.close()
+        for lock in (self._engine_lock, self._service_lock):
+            if lock is not None:
+                lock.close()
 
 
 def _program() -> str:
@@ -212,16 +221,6 @@ def _locked(lock: IO[str]) -> bool:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
-
-
-def _lives(process_id: str) -> bool:
-    try:
-        os.kill(int(process_id), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
     return True
 
 
