@@ -1,7 +1,8 @@
-"""The command line: `chat-history serve`, `chat-history mongo-url`."""
+"""The command line: `chat-history serve`, `chat-history verify`, `chat-history mongo-url`."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -11,10 +12,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 import uvicorn
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import Progress as RichProgress
 
 from service import logs
-from service.embedded import EmbeddedEngine, EmbeddedEngineError
+from service.chat_service import ChatService
+from service.database import Database
+from service.embedded import DataDirectoryInUse, EmbeddedEngine, EmbeddedEngineError
+from service.errors import ChatHistoryError
 from service.settings import Settings
+from service.verify import Report, Verifier
 
 app = typer.Typer(
     help="Chat History Database: the service in which AI agents keep their conversations.",
@@ -72,6 +79,50 @@ def mongo_url() -> None:
     print(_settings().url)
 
 
+@app.command()
+def verify(
+    repair: Annotated[bool, typer.Option(help="Mend what can be mended without guessing.")] = False,
+) -> None:
+    """Walk the database and prove its invariants; a line for each violation.
+
+    Exit code 0: all of them hold, or were mended. 1: some do not. 2: the database cannot be read.
+    """
+    settings = _settings()
+    logs.configure(settings.model_copy(update={"log_level": "error"}))
+    with contextlib.ExitStack() as stack:
+        if settings.mongodb_url is None:
+            try:
+                stack.enter_context(EmbeddedEngine(settings))
+            except DataDirectoryInUse:
+                pass  # a service runs, and its engine is the one to look at
+            except EmbeddedEngineError as error:
+                _fail(str(error), 2)
+        try:
+            report = asyncio.run(_verify(settings, repair=repair))
+        except ChatHistoryError as error:
+            _fail(error.detail, 2)
+    print(
+        f"{report.conversations} conversations, {report.messages} messages, "
+        f"{len(report.violations)} violations, {report.left} left"
+    )
+    raise typer.Exit(1 if report.left else 0)
+
+
+async def _verify(settings: Settings, *, repair: bool) -> Report:
+    database = Database(settings)
+    await database.open(make_indexes=False)
+    try:
+        verifier = Verifier(database, ChatService(database, settings), repair=repair)
+        with RichProgress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("verifying", total=None)
+            report = await verifier.run(lambda done, total: bar.update(task, completed=done, total=total))
+        for violation in report.violations:
+            print(violation)
+        return report
+    finally:
+        await database.close()
+
+
 def _settings(**overrides: Any) -> Settings:
     """Read the settings; what the command line says goes to the worker processes by the environment."""
     for name, value in overrides.items():
@@ -84,9 +135,9 @@ def _settings(**overrides: Any) -> Settings:
         _fail("\n".join(faults))
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 1) -> NoReturn:
     print(f"chat-history: {message}", file=sys.stderr)
-    raise typer.Exit(1)
+    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

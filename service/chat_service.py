@@ -264,7 +264,7 @@ class ChatService:
         if found is None:
             return None
         if found.user_id == NOBODY:
-            await self._finish_deletion(wanted.id)
+            await self.finish_deletion(wanted.id)
             return None
         if found.user_id != wanted.user_id:
             raise ConversationIdTaken(f"The id {wanted.id} is not free; choose another.")
@@ -379,7 +379,7 @@ class ChatService:
         async with self._database.call():
             gone = await self._write(conversation_id, begin)
         if not gone:
-            await self._finish_deletion(conversation_id)
+            await self.finish_deletion(conversation_id)
 
     @staticmethod
     async def _remove(transaction: Transaction, conversation_id: str) -> None:
@@ -390,7 +390,7 @@ class ChatService:
         await Message.find({"conversation_id": conversation_id}).delete(session=session)
         await Conversation.find_one({"_id": conversation_id}).delete(session=session)
 
-    async def _finish_deletion(self, conversation_id: str) -> None:
+    async def finish_deletion(self, conversation_id: str) -> None:
         """Remove the messages of a conversation that is nobody's, newest first, and then itself."""
         nobodys = {"_id": conversation_id, "user_id": NOBODY}
         async with self._database.call():
@@ -410,7 +410,7 @@ class ChatService:
         async with self._database.call():
             found = await Conversation.find({"user_id": NOBODY}).to_list()
         for each in found:
-            await self._finish_deletion(each.id)
+            await self.finish_deletion(each.id)
         return len(found)
 
     # -- appending ---------------------------------------------------------------------------------
@@ -848,10 +848,7 @@ def _faults(message: Any, at: Path, key: str | None) -> list[Fault]:
     if key is not None and "id" in message:
         why = "ids make a request repeatable by themselves; send them or an Idempotency-Key, not both"
         faults.append(Fault(payloads.json_path((*at, "id")), why))
-    try:
-        if "id" in message:
-            _ID.validate_python(message["id"], strict=True)
-    except ValidationError:
+    if "id" in message and not is_id(message["id"]):
         faults.append(Fault(payloads.json_path((*at, "id")), _ID_RULE))
     try:
         MessageFields.model_validate(message)
@@ -881,6 +878,15 @@ def _names_a_union_member(step: str | int) -> bool:
 _ID: TypeAdapter[str] = TypeAdapter(Id)
 _TITLE: TypeAdapter[str | None] = TypeAdapter(Title | None)
 _ID_RULE = "must be 1 to 128 of letters, digits and . _ : @ ~ - (and not . or ..)"
+
+
+def is_id(value: Any) -> bool:
+    """Tell whether this is an id as a conversation, a message or a user may have one."""
+    try:
+        _ID.validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
 
 
 def _validate(adapter: TypeAdapter[T], value: Any, name: str) -> T:

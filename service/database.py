@@ -99,6 +99,7 @@ class Database:
         self._settings = settings
         self._client: AsyncIOMotorClient[dict[str, Any]] | None = None
         self._prepared = False
+        self._make_indexes = True
         self._why_not: ChatHistoryError = DatabaseUnavailable("No connection was made yet.")
         self._preparing: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
@@ -117,11 +118,12 @@ class Database:
 
     # -- opening -----------------------------------------------------------------------------------
 
-    async def open(self) -> None:
+    async def open(self, *, make_indexes: bool = True) -> None:
         """Connect and prepare, or, where nothing answers, go on trying in the background.
 
         Raises UnsuitableDatabase when a database answers that can never serve.
         """
+        self._make_indexes = make_indexes
         self._preparing = asyncio.create_task(self._prepare_until_done())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._settings.database_timeout_ms / 1000):
@@ -159,7 +161,7 @@ class Database:
         """Find out what answers, refuse what cannot serve, make the indexes (which is idempotent)."""
         if self._client is None:
             self._client = self._connect(retry_writes=None)
-        with pymongo.timeout(self._settings.database_timeout_ms / 1000):
+        with pymongo.timeout(self._timeout_s()):
             hello = await self._client.admin.command("hello")
             build = await self._client.admin.command("buildInfo")
         if "setName" not in hello and hello.get("msg") != "isdbgrid":
@@ -174,10 +176,23 @@ class Database:
             self._client.close()
             self._client = self._connect(retry_writes=False)
         database = self._client.get_default_database(self._settings.database)
-        with pymongo.timeout(_INDEXES_TIMEOUT_S):
-            await init_beanie(database, document_models=[Conversation, Message])
+        await self._declare_documents(database)
         self._prepared = True
         log.info("database_ready", engine=self.engine, database=database.name)
+
+    async def _declare_documents(self, database: Any) -> None:
+        """Bind the documents to the database, and make their indexes where they are missing."""
+        documents = [Conversation, Message]
+        try:
+            with pymongo.timeout(_INDEXES_TIMEOUT_S):
+                await init_beanie(database, document_models=documents, skip_indexes=not self._make_indexes)
+        except OperationFailure as error:
+            if error.code in _AWAY:
+                raise
+            raise UnsuitableDatabase(
+                f"An index cannot be made there (code {error.code}): it stands in another form, or what is "
+                "stored contradicts it. `chat-history verify` says more."
+            ) from error
 
     def _connect(self, *, retry_writes: bool | None) -> AsyncIOMotorClient[dict[str, Any]]:
         settings = self._settings
@@ -191,10 +206,21 @@ class Database:
             journal=True,
             readConcernLevel="majority",
             readPreference="primary",
-            serverSelectionTimeoutMS=settings.server_selection_timeout_ms,
             connectTimeoutMS=settings.server_selection_timeout_ms,
             **options,
         )
+
+    def _timeout_s(self) -> float:
+        """Return how long a call may take: all its time where a primary is known, else less.
+
+        The driver, told a time for the whole call, would wait all of it for a server to appear.
+        """
+        assert self._client is not None
+        known = self._client.delegate.topology_description.has_writable_server()
+        times = [self._settings.database_timeout_ms]
+        if not known:
+            times.append(self._settings.server_selection_timeout_ms)
+        return min(times) / 1000
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -218,7 +244,7 @@ class Database:
         if not self._prepared:
             raise type(self._why_not)(self._why_not.detail)
         try:
-            with pymongo.timeout(self._settings.database_timeout_ms / 1000):
+            with pymongo.timeout(self._timeout_s()):
                 yield
         except PyMongoError as error:
             raise domain_error(error) from error

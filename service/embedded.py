@@ -42,6 +42,10 @@ class EmbeddedEngineError(Exception):
     """The embedded engine cannot be started; the text says why and what mends it."""
 
 
+class DataDirectoryInUse(EmbeddedEngineError):
+    """Another service runs on this data directory."""
+
+
 class EmbeddedEngine:
     """The engine, as a context: running inside, gone outside.
 
@@ -113,8 +117,8 @@ class EmbeddedEngine:
                 raise self._in_use(by="of an engine that does not end")
             time.sleep(_POLL_S)
 
-    def _in_use(self, by: str) -> EmbeddedEngineError:
-        return EmbeddedEngineError(
+    def _in_use(self, by: str) -> DataDirectoryInUse:
+        return DataDirectoryInUse(
             f"The data directory {self._data} is in use by process {by}. Stop it, or name another "
             "directory with CHAT_DATA_DIR, or let this service share that one's engine with "
             f"CHAT_MONGODB_URL={self._settings.embedded_url!r}."

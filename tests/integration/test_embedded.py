@@ -15,7 +15,7 @@ import httpx
 import pytest
 from pymongo import MongoClient
 
-from tests.harness import Service, append, children, create, free_port, running, whole_history
+from tests.harness import Service, append, children, create, free_port, new_id, running, whole_history
 
 
 def failing(service: Service) -> str:
@@ -203,3 +203,16 @@ def test_a_standalone_mongod_is_refused_at_start_with_the_line_that_mends_it(tmp
             standalone.terminate()
     assert "rs.initiate()" in service.output()
     assert "Traceback" not in service.output()
+
+
+def test_an_index_that_stands_in_another_form_is_said_at_start(service: Service, tmp_path: Path) -> None:
+    name = new_id("indexed")
+    url = service.database_url.replace("/chat_history", f"/{name}")
+    with MongoClient[dict[str, object]](service.database_url) as operator:
+        key = [("conversation_id", 1), ("seq", 1)]
+        operator[name].messages.create_index(key, name="conversation_id_1_seq_1")
+        other = Service(tmp_path, mongodb_url=url).start(wait=False)
+        assert other.process is not None
+        assert other.process.wait(40) != 0
+        operator.drop_database(name)
+    assert "An index cannot be made" in other.output()

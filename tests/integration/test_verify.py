@@ -1,0 +1,152 @@
+"""`chat-history verify`: every invariant broken on purpose, named, and mended where no guess is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pymongo import MongoClient
+
+from tests.harness import Service, append, create, running
+
+
+def verify(service: Service, *options: str, **environment: str) -> tuple[int, list[str]]:
+    command = [sys.executable, "-m", "service", "verify", *options]
+    done = subprocess.run(
+        command,
+        env=service.environment() | environment,
+        cwd=service.directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, (done.stdout or done.stderr).strip().splitlines()
+
+
+@pytest.fixture
+def broken(service: Service, client: httpx.Client, conversation: str) -> Iterator[tuple[Any, Any]]:
+    """A database of its own with one sound conversation, to break, and how to verify it."""
+    append(client, conversation, *({"role": "user", "content": str(n)} for n in range(5)))
+    name = f"verify_{conversation[2:]}"
+    url = service.database_url.replace("/chat_history", f"/{name}")
+    with MongoClient[dict[str, Any]](service.database_url) as operator:
+        original, database = operator.get_default_database(), operator[name]
+        database.conversations.insert_one(original.conversations.find_one({"_id": conversation}) or {})
+        database.messages.insert_many(original.messages.find({"conversation_id": conversation}))
+        yield (lambda *options: verify(service, *options, CHAT_MONGODB_URL=url)), database
+        operator.drop_database(name)
+
+
+def test_a_sound_database_passes_with_the_service_running_and_without(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        with service.client() as client:
+            create(client, "c")
+            append(client, "c", *({"role": "user", "content": "x"} for _ in range(1_000)))
+            append(client, "c", *({"role": "user", "content": "x"} for _ in range(500)))
+            client.delete("/conversations/c/messages?after=1200")
+            create(client, "empty")
+        sound = (0, ["2 conversations, 1200 messages, 0 violations, 0 left"])
+        assert verify(service) == sound
+        service.stop()
+        assert verify(service) == sound
+
+
+def first(database: Any) -> Any:
+    return database.messages.find_one({"seq": 1})
+
+
+def delete_one(database: Any) -> None:
+    database.messages.delete_one({"seq": 3})
+
+
+def lower_last_seq(database: Any) -> None:
+    database.conversations.update_one({}, {"$set": {"last_seq": 4}})
+
+
+def change_owner(database: Any) -> None:
+    database.messages.update_one({"seq": 2}, {"$set": {"user_id": "bob"}})
+
+
+def interrupt_deletion(database: Any) -> None:
+    database.conversations.update_one({}, {"$set": {"user_id": ""}})
+
+
+def run_backwards(database: Any) -> None:
+    database.messages.update_one({"seq": 4}, {"$set": {"created_at": datetime(2000, 1, 1, tzinfo=UTC)}})
+
+
+def orphan(database: Any) -> None:
+    database.messages.insert_one(first(database) | {"_id": "gone/m", "conversation_id": "gone"})
+
+
+def misname(database: Any) -> None:
+    database.messages.insert_one(
+        first(database)
+        | {"_id": "c", "seq": 6, "created_at": database.messages.find_one({"seq": 5})["created_at"]}
+    )
+    database.conversations.update_one({}, {"$inc": {"last_seq": 1, "message_count": 1}})
+
+
+def zero(database: Any) -> None:
+    database.messages.update_one({"seq": 1}, {"$set": {"seq": 0}})
+
+
+def double(database: Any) -> None:
+    database.messages.update_one({"seq": 2}, {"$set": {"seq": 3}})
+
+
+MENDED = [
+    (delete_one, "message_count is 5, and there are 4 messages"),
+    (lower_last_seq, "last_seq is 4, and there is a message with seq 5"),
+    (change_owner, "says that it is another user's"),
+    (interrupt_deletion, "its deletion was interrupted"),
+]
+LEFT = [
+    (run_backwards, ": created_at runs backwards at seq 4"),
+    (orphan, "gone: there are messages without this conversation"),
+    (misname, "the message 'c' has an id that is not well formed"),
+    (zero, "has seq 0"),
+    (double, "seq 3 stands twice"),
+]
+
+
+@pytest.mark.parametrize(("damage", "says"), MENDED, ids=[each.__name__ for each, _ in MENDED])
+def test_what_needs_no_guess_is_named_and_mended(broken: Any, damage: Any, says: str) -> None:
+    check, database = broken
+    damage(database)
+    code, lines = check()
+    assert code == 1
+    assert says in lines[0]
+    assert lines[-1].endswith("1 violations, 1 left")
+    code, lines = check("--repair")
+    assert code == 0
+    assert says in lines[0]
+    assert "(mended" in lines[0]
+    code, lines = check()
+    assert (code, len(lines)) == (0, 1)
+
+
+@pytest.mark.parametrize(("damage", "says"), LEFT, ids=[each.__name__ for each, _ in LEFT])
+def test_what_would_be_a_guess_is_named_and_left(broken: Any, damage: Any, says: str) -> None:
+    check, database = broken
+    damage(database)
+    before = list(database.messages.find())
+    code, lines = check("--repair")
+    assert code == 1
+    assert says in lines[0]
+    assert "(left" in lines[0]
+    assert list(database.messages.find()) == before
+
+
+def test_a_database_that_cannot_be_read_is_exit_code_2(tmp_path: Path) -> None:
+    service = Service(tmp_path, mongodb_url="mongodb://127.0.0.1:1/x", server_selection_timeout_ms=300)
+    code, lines = verify(service)
+    assert code == 2
+    assert "not reached" in lines[0]
