@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -64,6 +65,11 @@ _DURABLE = WriteConcern("majority", j=True)
 _RAW: CodecOptions[Any] = CodecOptions(document_class=RawBSONDocument, tz_aware=True)
 _RECONNECT_S = 1.0
 _READY_TIMEOUT_S = 1.0
+# By how much the loop's deadline is later than the driver's.
+_GRACE_S = 0.2
+# How often a lost session is killed once the database answers again, and how many in one command.
+_KILLS = 5
+_KILLS_AT_ONCE = 1_000
 # Indexes are made at start, and on an existing database of another shape that may take a while.
 _INDEXES_TIMEOUT_S = 600.0
 # Codes of the server: 14031 OutOfDiskSpace; 257 TransactionTooLarge and 388 TransactionTooLargeForCache;
@@ -74,6 +80,10 @@ _OUT_OF_SPACE = {14031}
 _TOO_LARGE = {257, 388}
 _AWAY = {1, 8, 24, 50, 91, 112, 189, 251, 290, 10107, 11600, 11602, 13435, 13436}
 
+_NO_ANSWER = (
+    "It did not answer in time. A write whose answer is lost may have been stored: repeat it with the same "
+    "Idempotency-Key or message ids, and it is stored once."
+)
 STANDALONE = (
     "This MongoDB is a standalone server, which has no transactions. Start it as a replica set of one: "
     "`mongod --replSet rs0`, and once `mongosh --eval 'rs.initiate()'`."
@@ -103,6 +113,8 @@ class Database:
         self._why_not: ChatHistoryError = DatabaseUnavailable("No connection was made yet.")
         self._preparing: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lost_sessions: list[tuple[Mapping[str, Any], int]] = []
         self.embedded_engine = False
         self.engine = "unknown"
 
@@ -139,6 +151,9 @@ class Database:
             self._preparing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._preparing
+        self._lost_sessions.clear()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=2 * _RECONNECT_S)
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -243,9 +258,15 @@ class Database:
         """
         if not self._prepared:
             raise type(self._why_not)(self._why_not.detail)
+        seconds = self._timeout_s()
         try:
-            with pymongo.timeout(self._timeout_s()):
-                yield
+            # The driver keeps the deadline by itself, but for what it does to connect; the loop's own
+            # keeps it then, and leaves the driver's thread to end by itself.
+            async with asyncio.timeout(seconds + _GRACE_S):
+                with pymongo.timeout(seconds):
+                    yield
+        except TimeoutError as error:
+            raise DatabaseUnavailable(_NO_ANSWER) from error
         except PyMongoError as error:
             raise domain_error(error) from error
 
@@ -272,15 +293,11 @@ class Database:
 
     async def _run_once(self, transaction: Transaction, work: Callable[[Transaction], Awaitable[T]]) -> T:
         assert self._client is not None
-        async with await self._client.start_session() as session:
-            session.start_transaction(ReadConcern("snapshot"), _DURABLE)
-            transaction.session = session
-            try:
-                result = await work(transaction)
-            except BaseException:
-                with contextlib.suppress(PyMongoError):
-                    await session.abort_transaction()
-                raise
+        session = await self._client.start_session()
+        session.start_transaction(ReadConcern("snapshot"), _DURABLE)
+        transaction.session = session
+        try:
+            result = await work(transaction)
             try:
                 await session.commit_transaction()
             except PyMongoError:
@@ -288,7 +305,55 @@ class Database:
                 # restarted and forgot a transaction that it had committed, so it proves nothing either.
                 transaction.may_have_committed = True
                 raise
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                # A thread of the driver still works with this session, so it is not ours to end.
+                self._lose(session)
+                raise
+            abandoned = self._background(self._abandon(session, lost=isinstance(error, ConnectionFailure)))
+            if not _is_outage(error):
+                await asyncio.shield(abandoned)
+            raise
+        await session.end_session()
         return result
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run something outside of the call that asked for it, and of its deadline."""
+        task = asyncio.create_task(work, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _abandon(self, session: Session, *, lost: bool) -> None:
+        """Abort, so that the conversation is not locked until the server finds the transaction too old.
+
+        A statement that was lost on its way may still arrive after the abort, when the network heals, and
+        would lock the conversation for a minute; so a lost session is killed, and killed again.
+        """
+        if lost:
+            self._lose(session)
+        with contextlib.suppress(PyMongoError):
+            await session.end_session()
+
+    def _lose(self, session: Session) -> None:
+        session_id: Any = session.session_id  # a property, whatever Motor's type says
+        self._lost_sessions.append((session_id, _KILLS))
+        if len(self._lost_sessions) == 1:
+            self._background(self._kill_lost_sessions())
+
+    async def _kill_lost_sessions(self) -> None:
+        """Kill the lost sessions once a second, while the database answers, a few times each."""
+        while self._lost_sessions and self._client is not None:
+            killed = self._lost_sessions[:_KILLS_AT_ONCE]
+            try:
+                with pymongo.timeout(_READY_TIMEOUT_S):
+                    await self._client.admin.command("killSessions", [each for each, _ in killed])
+            except PyMongoError:
+                await asyncio.sleep(_RECONNECT_S)
+                continue
+            again = [(session_id, left - 1) for session_id, left in killed if left > 1]
+            self._lost_sessions = self._lost_sessions[len(killed) :] + again
+            await asyncio.sleep(_RECONNECT_S)
 
     # -- messages as bytes -------------------------------------------------------------------------
 
@@ -344,9 +409,13 @@ def domain_error(error: PyMongoError) -> ChatHistoryError:
         return StorageFull("Nothing was stored.")
     if code in _TOO_LARGE:
         return BatchTooLarge("Append it in smaller parts; nothing was stored.")
-    if error.timeout or code in _AWAY or isinstance(error, ConnectionFailure | WTimeoutError):
-        return DatabaseUnavailable(
-            "It did not answer in time. A write whose answer is lost may have been stored: repeat it "
-            "with the same Idempotency-Key or message ids, and it is stored once."
-        )
+    if _is_outage(error) or code in _AWAY:
+        return DatabaseUnavailable(_NO_ANSWER)
     return ChatHistoryError(f"The database failed with code {code}.")
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Tell whether the database did not answer, or not in time."""
+    return isinstance(error, PyMongoError) and (
+        error.timeout or isinstance(error, ConnectionFailure | WTimeoutError)
+    )
