@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal
 
 from beanie import Document
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
 Role = Literal["user", "assistant", "tool", "system", "developer"]
@@ -22,6 +22,7 @@ Id = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9._:@~-]{1,128}$"),
     AfterValidator(_not_a_path_step),
+    WithJsonSchema({"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9._:@~-]{1,128}$"}),
 ]
 Seq = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Title = Annotated[str, StringConstraints(max_length=1_000)]

@@ -60,12 +60,12 @@ class Settings(BaseSettings):
     )
 
     body_bytes_max: int = Field(32 * 1024 * 1024, ge=1024, description="The largest request body.")
-    page_items_default: int = Field(50, ge=1, description="Items of a page when none is asked for.")
-    page_items_max: int = Field(1_000, ge=1, description="The most items of one page.")
+    page_items_default: int = Field(50, ge=1, le=1_000, description="Items of a page when none is asked for.")
+    page_items_max: int = Field(1_000, ge=1, le=1_000, description="The most items of one page.")
     page_bytes_max: int = Field(
         32 * 1024 * 1024, ge=1024, description="A page ends early beyond this; `has_more` says so."
     )
-    batch_items_max: int = Field(1_000, ge=1, description="The most messages of one append.")
+    batch_items_max: int = Field(1_000, ge=1, le=1_000, description="The most messages of one append.")
 
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="`auto` is console in a terminal and JSON elsewhere."

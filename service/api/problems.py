@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any
 
@@ -111,10 +112,23 @@ def install(app: FastAPI, retry_after_s: int) -> None:
         return problem(errors.InvalidRequest(summary, faults))
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: HTTPException) -> Response:
         response = problem(_of_status(error.status_code, str(error.detail)))
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            # The framework names the methods of the first route of this path only.
+            response.headers["Allow"] = ", ".join(_methods(request))
         return response
+
+
+def _methods(request: Request) -> list[str]:
+    """Return the methods of all routes that have this path."""
+    described: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    for route, methods in described.items():
+        pattern = re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(route))
+        if re.fullmatch(pattern, request.scope["path"]):
+            return sorted(method.upper() for method in methods)
+    return []
 
 
 def _place(loc: tuple[str | int, ...]) -> str:

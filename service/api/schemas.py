@@ -26,7 +26,14 @@ def _plain_digits(value: Any) -> Any:
     return value
 
 
-Digits = BeforeValidator(_plain_digits, json_schema_input_type=int)
+def _digits(bounded: Any) -> BeforeValidator:
+    """Read a query parameter as digits only; its schema stays that of the bounded integer."""
+    return BeforeValidator(_plain_digits, json_schema_input_type=bounded)
+
+
+_Items = Annotated[int, Field(ge=1, le=1_000)]
+PageItems = Annotated[_Items, _digits(_Items)]
+SeqParameter = Annotated[Seq, _digits(Seq)]
 
 
 class _Closed(BaseModel):
@@ -49,13 +56,17 @@ class ConversationChanges(_Closed):
     metadata: dict[str, Any] | None = Field(None, description="Replaces the metadata as a whole.")
 
 
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default")
+
+
 class NewMessage(MessageFields):
     """A message to append. Fields that are not named here are kept as they are."""
 
-    id: Id | None = Field(
-        None,
+    id: Id = Field(
+        "",
         description="An id of your own, unique in its conversation; it makes the append repeatable.",
-        json_schema_extra={"anyOf": None},
+        json_schema_extra=_without_default,
     )
 
 
@@ -118,7 +129,7 @@ class ListQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     user_id: Id
-    limit: Annotated[int, Digits, Field(ge=1)] | None = None
+    limit: PageItems | None = None
     cursor: Annotated[str, Field(max_length=512)] | None = None
 
 
@@ -133,7 +144,7 @@ class OwnerQuery(BaseModel):
 class CutQuery(OwnerQuery):
     """The query of cutting off the end of a conversation."""
 
-    after: Annotated[Seq, Digits] | None = Field(
+    after: SeqParameter | None = Field(
         None, description="Keep the messages up to this seq; without it all are deleted."
     )
 
@@ -141,10 +152,10 @@ class CutQuery(OwnerQuery):
 class HistoryQuery(OwnerQuery):
     """The query of a history."""
 
-    limit: Annotated[int, Digits, Field(ge=1, le=2**63 - 1)] | None = None
-    after: Annotated[Seq, Digits] | None = Field(None, description="Only seqs above this one.")
-    before: Annotated[Seq, Digits] | None = Field(None, description="Only seqs below this one.")
-    last: Annotated[int, Digits, Field(ge=1, le=2**63 - 1)] | None = Field(
+    limit: PageItems | None = None
+    after: SeqParameter | None = Field(None, description="Only seqs above this one.")
+    before: SeqParameter | None = Field(None, description="Only seqs below this one.")
+    last: PageItems | None = Field(
         None, description="The newest so many, oldest first; not with limit or order."
     )
     order: Literal["asc", "desc"] | None = None
