@@ -17,6 +17,7 @@ from rich.progress import Progress as RichProgress
 
 from service import logs
 from service.chat_service import ChatService
+from service.connections import PatientProtocol
 from service.database import Database
 from service.embedded import DataDirectoryInUse, EmbeddedEngine, EmbeddedEngineError
 from service.errors import ChatHistoryError
@@ -68,6 +69,9 @@ def _run(settings: Settings) -> None:
         workers=settings.workers,
         log_config=None,
         access_log=False,
+        http=PatientProtocol,
+        ws="none",
+        limit_concurrency=settings.connections_max,
         server_header=False,
         timeout_graceful_shutdown=max(1, settings.shutdown_timeout_ms // 1000),
     )

@@ -56,7 +56,7 @@ async def _failed(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Open the resources, and close them in reverse."""
     settings: Settings = app.state.settings
     async with contextlib.AsyncExitStack() as stack:
@@ -66,7 +66,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.chat = ChatService(app.state.database, settings)
         stack.push_async_callback(_cancel, asyncio.create_task(_finish_deletions(app.state.chat)))
         _stop_with_parent()
-        yield
+        yield {"settings": settings}
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -70,8 +70,13 @@ Order = Literal["asc", "desc"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How many messages one read fetches before it looks at how large they are.
-_CHUNK_ITEMS = 128
+# How many messages one read of a page fetches before it looks at how large they are.
+_CHUNK_ITEMS = 64
+# A stream begins with few messages, since nobody knows how large they are, and then aims at this size.
+_FIRST_PART_ITEMS = 4
+_PART_BYTES = 512 * 1024
+_PART_GROWTH = 16
+_PART_ITEMS_MAX = 1_000
 # A time range begins where a search by halves has come this near, and the index of times does the rest.
 _HALVING_SEQS = 64
 # The list's first window of time on an engine that reads its whole match, and how it grows.
@@ -229,6 +234,7 @@ class ChatService:
         Title and metadata are those of a new one; an existing one stays as it is. Raises
         ConversationIdTaken where the id is somebody else's, InvalidRequest for what cannot be stored.
         """
+        self._database.require_room()
         _validate(_ID, user_id, "user_id")
         _validate(_TITLE, title, "title")
         if conversation_id is not None:
@@ -303,6 +309,7 @@ class ChatService:
 
         What is not given stays as it is; None clears it. Raises ConversationNotFound, InvalidRequest.
         """
+        self._database.require_room()
         changes: Json = {}
         if title is not UNSET:
             changes["title"] = _validate(_TITLE, title, "title")
@@ -456,6 +463,7 @@ class ChatService:
         user_id: str | None,
         key: str | None,
     ) -> Appended:
+        self._database.require_room()
         async with self._database.call():
             batch = self._incoming(messages, places, key)
             transaction = Transaction()
@@ -569,15 +577,16 @@ class ChatService:
         async with self._database.call():
             span = await self._span(await self._conversation(conversation_id, user_id), filters)
         left = limit if limit is not None else span.high - span.low
+        wanted = min(left, _FIRST_PART_ITEMS)
         while True:
-            wanted = min(left, _CHUNK_ITEMS)
             async with self._database.call():
-                part, cut = await self._read_page(span, wanted, order == "desc")
-            yield part
+                part = await self._read_windows(span, wanted, order == "desc")
+            yield [_public(raw) for raw in part]
             left -= len(part)
-            if left <= 0 or not (cut or len(part) == wanted):
+            if left <= 0 or len(part) < wanted:
                 return
-            span = span.beyond(part[-1]["seq"], order == "desc")
+            span = span.beyond(_public(part[-1])["seq"], order == "desc")
+            wanted = min(left, _part_items(part))
 
     @_in_one_call
     async def get_message(self, conversation_id: str, message_id: str, user_id: str | None = None) -> Json:
@@ -795,6 +804,12 @@ class ChatService:
 _ASC = [("seq", ASCENDING)]
 _DESC = [("seq", DESCENDING)]
 _BY_TIME = [("created_at", ASCENDING), ("seq", ASCENDING)]
+
+
+def _part_items(part: Sequence[bytes]) -> int:
+    """Return how many messages like these make a part of a stream."""
+    typical = max(1, sum(map(len, part)) // len(part))
+    return max(1, min(_PART_BYTES // typical, len(part) * _PART_GROWTH, _PART_ITEMS_MAX))
 
 
 def list_query(user_id: str, begin: datetime, end: datetime) -> Json:

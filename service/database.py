@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import contextvars
 import os
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -354,6 +355,18 @@ class Database:
             again = [(session_id, left - 1) for session_id, left in killed if left > 1]
             self._lost_sessions = self._lost_sessions[len(killed) :] + again
             await asyncio.sleep(_RECONNECT_S)
+
+    def require_room(self) -> None:
+        """Raise StorageFull while the embedded engine's disk is all but full.
+
+        Before the engine finds out: one whose log cannot be written any more has been seen to lose the last
+        commit that it had acknowledged (docs/decisions/0003-embedded-engine.md).
+        """
+        settings = self._settings
+        if settings.mongodb_url is None:
+            free = shutil.disk_usage(settings.data_dir).free
+            if free < settings.disk_reserve_bytes:
+                raise StorageFull(f"{free} bytes are free, and {settings.disk_reserve_bytes} are kept.")
 
     # -- messages as bytes -------------------------------------------------------------------------
 

@@ -45,6 +45,12 @@ class Settings(BaseSettings):
         description="The most memory of the embedded engine's cache; one append may fill 7% of it.",
     )
 
+    disk_reserve_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=0,
+        description="With the embedded engine: less free disk than this, and nothing is added (507).",
+    )
+
     database_timeout_ms: int = Field(
         5_000, ge=100, description="All database work of one call together; then 503."
     )
@@ -54,6 +60,15 @@ class Settings(BaseSettings):
     retry_after_s: int = Field(1, ge=1, description="The `Retry-After` of a 503.")
     body_timeout_ms: int = Field(
         30_000, ge=100, description="How long a client may take to send its request's body."
+    )
+    header_timeout_ms: int = Field(
+        10_000, ge=100, description="How long a connection may take to send a request's headers."
+    )
+    send_timeout_ms: int = Field(
+        60_000, ge=100, description="How long a client may let an answer stand without reading on."
+    )
+    connections_max: int = Field(
+        10_000, ge=1, description="Connections at once in a process; beyond them, 503."
     )
     shutdown_timeout_ms: int = Field(
         10_000, ge=100, description="How long requests in flight may take once we are told to stop."

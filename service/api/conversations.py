@@ -35,7 +35,7 @@ Owner = Annotated[OwnerQuery, Query()]
     responses={
         200: {"model": ConversationOut, "description": "The one that this user has under this id."},
         201: {"headers": {"Location": {"schema": {"type": "string"}}}},
-        **answers(errors.ConversationIdTaken, *bodies.PROBLEMS),
+        **answers(errors.ConversationIdTaken, errors.StorageFull, *bodies.PROBLEMS),
     },
 )
 async def create_conversation(request: Request, chat: Chat) -> Response:
@@ -72,7 +72,7 @@ async def get_conversation(chat: Chat, conversation_id: ConversationId, owner: O
     "/conversations/{conversation_id}",
     response_model=ConversationOut,
     openapi_extra=bodies.described(ConversationChanges),
-    responses=answers(errors.ConversationNotFound, *bodies.PROBLEMS),
+    responses=answers(errors.ConversationNotFound, errors.StorageFull, *bodies.PROBLEMS),
 )
 async def update_conversation(
     request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner

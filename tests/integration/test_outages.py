@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
 import httpx
 
-from tests.harness import Service, append, create, free_port, running, whole_history
+from tests.harness import Service, append, create, free_port, whole_history
 
 
 def assert_honest(response: httpx.Response) -> None:
@@ -51,25 +50,3 @@ def test_a_service_without_a_database_starts_and_becomes_ready_when_it_comes(tmp
     finally:
         service.kill()
         engine.stop()
-
-
-def test_requests_in_flight_are_answered_when_the_service_is_told_to_stop(tmp_path: Path) -> None:
-    with running(tmp_path) as service:
-        with service.client() as client:
-            conversation = create(client)
-            request = client.build_request(
-                "POST",
-                f"/conversations/{conversation}/messages",
-                json={"messages": [{"role": "user", "content": "x" * 20_000}] * 400},
-            )
-        with httpx.Client(timeout=30) as slow:
-            answers: list[httpx.Response] = []
-            thread = threading.Thread(target=lambda: answers.append(slow.send(request)))
-            thread.start()
-            time.sleep(0.15)
-            assert service.stop() == 0
-            thread.join()
-        assert [each.status_code for each in answers] == [201]
-        service.start()
-        with service.client() as client:
-            assert len(whole_history(client, conversation)) == 400

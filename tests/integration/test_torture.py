@@ -66,11 +66,10 @@ async def test_what_was_acknowledged_survives_any_kill_exactly_once_in_order(
         first.stop()
     assert min(toll.kills.values()) >= 1, "the time was too short for a kill of each kind"
     assert len(toll.acknowledged) > 50
+    appends, messages = len(toll.acknowledged), sum(map(len, toll.acknowledged.values()))
     with capsys.disabled():
-        print(
-            f"\ntorture (seed {seed}): {SECONDS:.0f} s, kills {toll.kills}, {len(toll.acknowledged)} appends, "
-            f"{sum(map(len, toll.acknowledged.values()))} messages, {toll.retries} retries; {lines[0]}"
-        )
+        print(f"\ntorture: seed {seed}, {SECONDS:.0f} s, kills {toll.kills}, {appends} appends,")
+        print(f"  {messages} messages, {toll.retries} retries; verify: {lines[0]}")
 
 
 async def _kill_until(end: float, chance: random.Random, first: Service, second: Service, toll: Toll) -> None:
@@ -112,7 +111,7 @@ async def _write_until(
             turn += 1
 
 
-async def _append(
+async def _append(  # noqa: PLR0917  (what one append takes)
     client: httpx.AsyncClient,
     chance: random.Random,
     conversation: str,

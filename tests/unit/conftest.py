@@ -27,6 +27,9 @@ class MockDatabase(Database):
         await Conversation.find_all().delete()
         await Message.find_all().delete()
 
+    def require_room(self) -> None:
+        """There is always room in memory."""
+
     @contextlib.asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
         yield
