@@ -38,6 +38,14 @@ def test_the_url_for_mongosh_is_printed_at_start_and_by_mongo_url(tmp_path: Path
         assert said.stdout.strip() == service.database_url
 
 
+def test_the_engine_syncs_at_every_commit_and_listens_on_loopback_only(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        command = ["ps", "-ww", "-o", "args=", "-p", str(service.engine_pid())]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert "--sync-on-commit" in said
+    assert said[said.index("--host") + 1] == "127.0.0.1"
+
+
 def test_a_data_directory_in_use_is_a_clear_error(tmp_path: Path) -> None:
     with running(tmp_path) as first:
         assert first.process is not None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service.chat_service import ChatService, message_ids
+from service.database import Transaction
 from service.errors import (
     ConversationIdTaken,
     ConversationNotFound,
@@ -75,6 +76,30 @@ async def test_a_replay_is_told_from_a_conflict(chat: ChatService) -> None:
     assert (again.replayed, again.messages) == (True, first.messages)
     with pytest.raises(IdempotencyConflict):
         await chat.add_message("c", message | {"content": "y"})
+
+
+async def test_a_commit_whose_answer_was_lost_is_found_out_by_the_ids(
+    chat: ChatService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run committed, nobody knows, and the work is run again: it must not be called a replay."""
+
+    async def commits_unheard(work: Any, transaction: Transaction | None = None) -> Any:
+        transaction = transaction or Transaction()
+        await work(transaction)
+        transaction.may_have_committed = True
+        return await work(transaction)
+
+    monkeypatch.setattr(chat._database, "transaction", commits_unheard)
+    _, created = await chat.get_or_create_conversation("ada", "c")
+    assert created
+    appended = await chat.add_messages("c", [{"role": "user", "content": n} for n in "ab"])
+    assert not appended.replayed
+    assert (await chat.get_chat_history("c", limit=9)).messages == appended.messages
+    await chat.delete_message("c", appended.messages[0]["id"])
+    assert (await chat.get_chat_history("c", limit=9)).messages == appended.messages[1:]
+    await chat.delete_conversation("c")
+    with pytest.raises(ConversationNotFound):
+        await chat.get_conversation("c")
 
 
 @pytest.mark.parametrize("bad", [{"limit": 0}, {"limit": 1001}, {"last": 0}, {"last": 5000}])
