@@ -194,6 +194,27 @@ async def test_while_the_database_is_gone_or_slow_every_answer_is_a_503_in_time(
             await asyncio.sleep(0.1)
 
 
+def test_a_statement_that_arrives_after_its_transaction_was_given_up_locks_nobody_out(
+    behind: Service, database_proxy: Proxy
+) -> None:
+    """A minute is how long the database would keep the conversation locked for it."""
+    with behind.client() as client:
+        conversation = create(client, new_id())
+        path = f"/conversations/{conversation}/messages"
+        no_aborts = database_proxy.cut(b"abortTransaction\0", before=True, times=10**6)
+        database_proxy.hold()
+        try:
+            assert client.post(path, json={"role": "user", "content": "lost"}).status_code == 503
+        finally:
+            database_proxy.release()
+        began = time.monotonic()
+        while (answer := client.post(path, json={"role": "user", "content": "next"})).status_code == 503:
+            assert time.monotonic() - began < 20
+        no_aborts.times = 0
+        assert answer.status_code == 201
+        assert contents(whole_history(client, conversation)) == ["next"]
+
+
 def test_a_stream_that_loses_its_database_ends_as_an_error_and_not_as_the_end(
     behind: Service, database_proxy: Proxy
 ) -> None:
