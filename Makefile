@@ -9,7 +9,7 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3; do \
 	&& { echo $$each; break; }; done)
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help run test check format lint types constraints clean
+.PHONY: help run test bench check format lint types constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ run: .venv/.run ## start the service, on the embedded engine unless CHAT_MONGODB
 test: .venv/.dev ## lint, types and all tests
 	$(MAKE) --no-print-directory lint types
 	$(BIN)/python -m pytest
+
+bench: .venv/.bench ## measure against the floor and against others, in less than ten minutes
+	$(BIN)/python -m benchmarks $(BENCH)
 
 check: lint types ## lint and types only
 
@@ -36,11 +39,11 @@ format: .venv/.dev ## format the code, and mend what lint can mend
 
 constraints: .venv/.dev ## compile constraints.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --group bench --universal --python-version 3.11 \
 		--upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file constraints.txt
 
 clean: ## remove what make made (not ./data)
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-others .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.base: constraints.txt
@@ -55,4 +58,10 @@ clean: ## remove what make made (not ./data)
 
 .venv/.dev: .venv/.run pyproject.toml constraints.txt
 	$(PIP_INSTALL) --group dev
+	@touch $@
+
+.venv/.bench: .venv/.dev
+	$(PIP_INSTALL) --group bench
+	$(PYTHON) -m venv .venv-others
+	.venv-others/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/others.txt
 	@touch $@

@@ -69,6 +69,7 @@ def _run(settings: Settings) -> None:
         workers=settings.workers,
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         http=PatientProtocol,
         ws="none",
         limit_concurrency=settings.connections_max,

@@ -508,7 +508,7 @@ class ChatService:
             for seq, message in enumerate(batch.messages, first)
         ]
         await self._database.insert(Message, documents, transaction.session)
-        return [_public(document) for document in documents]
+        return _all_public(documents)
 
     async def _stored_before(self, conversation_id: str, user_id: str | None, batch: _Batch) -> list[Json]:
         """Return what an earlier request stored under these ids, if it was this very request."""
@@ -518,7 +518,7 @@ class ChatService:
             raise IdempotencyConflict("Some of these messages are stored already, and some are not.")
         low = first["seq"] - 1
         span = Span(conversation.id, low, low + len(batch.messages))
-        stored = [_public(each) for each in await self._database.read(Message, span.query(), sort=_ASC)]
+        stored = _all_public(await self._database.read(Message, span.query(), sort=_ASC))
         if [each["id"] for each in stored] != batch.ids:
             raise IdempotencyConflict(
                 "This key or these ids stand for a batch of other messages, or some of it was deleted."
@@ -581,7 +581,7 @@ class ChatService:
         while True:
             async with self._database.call():
                 part = await self._read_windows(span, wanted, order == "desc")
-            yield [_public(raw) for raw in part]
+            yield _all_public(part)
             left -= len(part)
             if left <= 0 or len(part) < wanted:
                 return
@@ -663,11 +663,11 @@ class ChatService:
         while len(found) < count and span.low < span.high:
             wanted = min(count - len(found), _CHUNK_ITEMS)
             chunk = await self._read_windows(span, wanted, backwards)
-            for raw in chunk:
-                if found and size + len(raw) > self._settings.page_bytes_max:
-                    return found, True
-                found.append(_public(raw))
+            for fits, raw in enumerate(chunk):
                 size += len(raw)
+                if size > self._settings.page_bytes_max and (found or fits):
+                    return found + _all_public(chunk[:fits]), True
+            found += _all_public(chunk)
             if len(chunk) < wanted:
                 break
             span = span.beyond(found[-1]["seq"], backwards)
@@ -753,10 +753,10 @@ class ChatService:
 
     async def _conversation(self, conversation_id: str, user_id: str | None) -> Conversation:
         """Find the conversation; whether it is missing or not yours, the query and the answer are one."""
-        found = await Conversation.find_one(_owned(conversation_id, user_id))
-        if found is None:
+        found = await self._database.read(Conversation, _owned(conversation_id, user_id), limit=1)
+        if not found:
             raise _no_conversation(conversation_id)
-        return _exactly(found)
+        return _exactly(Conversation.model_validate(payloads.decode(found[0])))
 
     async def _lock(self, transaction: Transaction, owned: Json, changes: Json) -> Conversation:
         """Update the conversation, which locks it until the commit, and return it as it then stands.
@@ -952,8 +952,13 @@ def _header(conversation: Conversation, message_id: str, seq: int) -> bytes:
 
 def _public(raw: bytes) -> Json:
     """Decode a stored message into what callers see: its own id first, the rest in its order."""
-    stored = payloads.decode(raw)
-    return {"id": stored.pop("_id").partition("/")[2], **stored}
+    return _all_public([raw])[0]
+
+
+def _all_public(documents: Sequence[bytes]) -> list[Json]:
+    return [
+        {"id": stored.pop("_id").partition("/")[2], **stored} for stored in payloads.decode_all(documents)
+    ]
 
 
 def _fields(message: Json) -> Json:

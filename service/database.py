@@ -49,7 +49,7 @@ from service.errors import (
     StorageFull,
     UnsuitableDatabase,
 )
-from service.payloads import NeverDBRef
+from service.payloads import NeverDBRef, split
 from service.settings import Settings
 
 # Motor runs the driver in threads, and reads this when it is imported. Its default is five a core,
@@ -282,6 +282,11 @@ class Database:
         exception too, whether an attempt may have committed.
         """
         transaction = transaction or Transaction()
+        try:
+            return await self._run_once(transaction, work)
+        except PyMongoError as error:
+            if not _worth_another_run(error):
+                raise
         async for attempt in AsyncRetrying(
             retry=retry_if_exception(_worth_another_run),
             wait=wait_random_exponential(multiplier=0.005, max=0.25),
@@ -380,10 +385,10 @@ class Database:
         session: Session | None = None,
     ) -> list[bytes]:
         """Find documents as the BSON that the server sent, undecoded."""
-        cursor = self._raw(document).find(query, session=session, limit=limit)
-        if sort:
-            cursor = cursor.sort(list(sort))
-        return [found.raw for found in await cursor.to_list(None)]
+        collection = document.get_motor_collection()
+        cursor = collection.find_raw_batches(query, session=session, limit=limit, sort=list(sort) or None)
+        # A batch is BSON documents one after the other, which costs nothing to make.
+        return [document for batch in await cursor.to_list(None) for document in split(batch)]
 
     async def insert(
         self, document: type[Document], documents: Sequence[bytes], session: Session | None

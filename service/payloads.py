@@ -19,8 +19,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import bson
 from bson.binary import Binary
@@ -285,8 +285,27 @@ def decode(raw: bytes) -> dict[str, Any]:
     if b"$ref" not in raw:
         return bson.decode(raw, _DATES_IN_UTC)
     document = plain(bson.decode(raw, _WITHOUT_DBREFS))
-    exact = document.pop(EXACT_COPY, None)
-    return document if exact is None else {**document, **decode(exact)}
+    if not isinstance(document.get(EXACT_COPY), bytes):  # which JSON cannot be
+        return cast("dict[str, Any]", document)
+    exact = decode(document.pop(EXACT_COPY))
+    return {**document, **exact}
+
+
+def split(documents: bytes) -> Iterator[bytes]:
+    """Take BSON documents apart that stand one after the other; each begins with its length."""
+    position = 0
+    while position < len(documents):
+        end = position + int.from_bytes(documents[position : position + 4], "little")
+        yield documents[position:end]
+        position = end
+
+
+def decode_all(documents: Sequence[bytes]) -> list[dict[str, Any]]:
+    """Decode stored documents as `decode` does, all at once where none of them needs its care."""
+    together = b"".join(documents)
+    if b"$ref" in together:
+        return [decode(raw) for raw in documents]
+    return bson.decode_all(together, _DATES_IN_UTC)
 
 
 def plain(value: Any) -> Any:

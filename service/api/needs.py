@@ -11,12 +11,12 @@ from service.chat_service import ChatService
 from service.documents import Id
 
 
-def _chat(request: Request) -> ChatService:
+async def _chat(request: Request) -> ChatService:
     service: ChatService = request.app.state.chat
     return service
 
 
-def no_repeats(request: Request) -> None:
+async def no_repeats(request: Request) -> None:
     """Refuse a query parameter or an idempotency key that is given twice: which one was meant?"""
     names = [("query", name) for name, _ in request.query_params.multi_items()]
     names += [("header", "Idempotency-Key")] * len(request.headers.getlist("idempotency-key"))
@@ -27,7 +27,7 @@ def no_repeats(request: Request) -> None:
         )
 
 
-def no_query(request: Request) -> None:
+async def no_query(request: Request) -> None:
     """Refuse query parameters on a call that has none."""
     if request.query_params:
         raise RequestValidationError(

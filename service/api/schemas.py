@@ -168,8 +168,8 @@ class HistoryQuery(OwnerQuery):
 
 
 def timestamp(time: datetime) -> str:
-    """Say a time as RFC 3339, UTC, in milliseconds."""
-    return time.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{time.microsecond // 1000:03d}Z"
+    """Say a time, which is UTC wherever this service has one, as RFC 3339 in milliseconds."""
+    return time.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
 
 
 def dumps(value: Any) -> bytes:
