@@ -115,7 +115,8 @@ class Database:
         self._preparing: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lost_sessions: list[tuple[Mapping[str, Any], int]] = []
+        self._lost_sessions: dict[bytes, tuple[Mapping[str, Any], int]] = {}
+        self._killing: asyncio.Task[None] | None = None
         self.embedded_engine = False
         self.engine = "unknown"
 
@@ -343,22 +344,24 @@ class Database:
 
     def _lose(self, session: Session) -> None:
         session_id: Any = session.session_id  # a property, whatever Motor's type says
-        self._lost_sessions.append((session_id, _KILLS))
-        if len(self._lost_sessions) == 1:
-            self._background(self._kill_lost_sessions())
+        self._lost_sessions[bytes(session_id["id"])] = (session_id, _KILLS)
+        if self._killing is None or self._killing.done():
+            self._killing = self._background(self._kill_lost_sessions())
 
     async def _kill_lost_sessions(self) -> None:
         """Kill the lost sessions once a second, while the database answers, a few times each."""
         while self._lost_sessions and self._client is not None:
-            killed = self._lost_sessions[:_KILLS_AT_ONCE]
+            doomed = dict(list(self._lost_sessions.items())[:_KILLS_AT_ONCE])
             try:
                 with pymongo.timeout(_READY_TIMEOUT_S):
-                    await self._client.admin.command("killSessions", [each for each, _ in killed])
+                    await self._client.admin.command("killSessions", [each for each, _ in doomed.values()])
             except PyMongoError:
-                await asyncio.sleep(_RECONNECT_S)
+                await asyncio.sleep(_RECONNECT_S / 10)
                 continue
-            again = [(session_id, left - 1) for session_id, left in killed if left > 1]
-            self._lost_sessions = self._lost_sessions[len(killed) :] + again
+            for key, (session_id, left) in doomed.items():
+                self._lost_sessions.pop(key, None)
+                if left > 1:  # behind those that are still to be killed for the first time
+                    self._lost_sessions[key] = (session_id, left - 1)
             await asyncio.sleep(_RECONNECT_S)
 
     def require_room(self) -> None:

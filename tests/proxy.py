@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass
 class Cut:
-    """Cut a connection whose request contains `matching`: before it arrives, or before its answer."""
+    """Cut every so manieth connection whose request contains `matching`: before it, or before its answer."""
 
     matching: bytes
     before: bool
     times: int = 1
-    chance: Callable[[], bool] = lambda: True
+    every: int = 1
+    seen: int = 0
     done: int = 0
 
     def applies(self, data: bytes) -> bool:
-        if self.done >= self.times or self.matching not in data or not self.chance():
+        if self.done >= self.times or self.matching not in data:
+            return False
+        self.seen += 1
+        if self.seen % self.every:
             return False
         self.done += 1
         return True
