@@ -176,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--mongodb-url", help="measure on this database instead of the embedded engine")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.8, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
     parser.add_argument("--operation", help="only those whose name contains this")
     parser.add_argument("--only-ours", action="store_true", help="leave out what people use instead")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")

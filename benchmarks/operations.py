@@ -8,7 +8,7 @@ CONTENT = "The tide turns twice a day, and a little later every day than the day
 LENGTHS = (100, 10_000, 100_000)
 LISTED = (10, 10_000)
 WRITERS = 16
-PAGED, STREAMED = 1_000, 10_000
+PAGED, STREAMED = 1_000, 4_000
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,27 @@
-"""The command line: `chat-history serve`, `chat-history verify`, `chat-history mongo-url`."""
+"""The command line: `chat-history serve`, `chat-history verify`, `chat-history mongo-url`.
+
+What is slow to import is imported where it is used, and for `serve` while the embedded engine starts.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import signal
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-import uvicorn
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import Progress as RichProgress
 
 from service import logs
-from service.chat_service import ChatService
-from service.connections import PatientProtocol
-from service.database import Database
 from service.embedded import DataDirectoryInUse, EmbeddedEngine, EmbeddedEngineError
-from service.errors import ChatHistoryError
 from service.settings import Settings
-from service.verify import Report, Verifier
+
+if TYPE_CHECKING:
+    from service.verify import Report
 
 app = typer.Typer(
     help="Chat History Database: the service in which AI agents keep their conversations.",
@@ -47,7 +46,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         if settings.mongodb_url is None:
             try:
-                stack.enter_context(EmbeddedEngine(settings))
+                stack.enter_context(EmbeddedEngine(settings, meanwhile=_import_service))
             except EmbeddedEngineError as error:
                 _fail(str(error))
             print(f"mongosh '{settings.embedded_url}'", flush=True)
@@ -60,7 +59,17 @@ def _end(*_: object) -> NoReturn:
     raise SystemExit(0)
 
 
+def _import_service() -> None:
+    """Import what serving needs, which takes about as long as the engine does to start."""
+    for name in ("service.app", "service.connections", "uvicorn.loops.uvloop"):
+        importlib.import_module(name)
+
+
 def _run(settings: Settings) -> None:
+    import uvicorn
+
+    from service.connections import PatientProtocol
+
     uvicorn.run(
         "service.app:create_app",
         factory=True,
@@ -92,6 +101,8 @@ def verify(
 
     Exit code 0: all of them hold, or were mended. 1: some do not. 2: the database cannot be read.
     """
+    from service.errors import ChatHistoryError
+
     settings = _settings()
     logs.configure(settings.model_copy(update={"log_level": "error"}))
     with contextlib.ExitStack() as stack:
@@ -114,11 +125,18 @@ def verify(
 
 
 async def _verify(settings: Settings, *, repair: bool) -> Report:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from service.chat_service import ChatService
+    from service.database import Database
+    from service.verify import Verifier
+
     database = Database(settings)
     await database.open(make_indexes=False)
     try:
         verifier = Verifier(database, ChatService(database, settings), repair=repair)
-        with RichProgress(console=Console(stderr=True), transient=True) as bar:
+        with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("verifying", total=None)
             report = await verifier.run(lambda done, total: bar.update(task, completed=done, total=total))
         for violation in report.violations:

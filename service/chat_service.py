@@ -239,12 +239,12 @@ class ChatService:
         _validate(_TITLE, title, "title")
         if conversation_id is not None:
             _validate(_ID, conversation_id, "id")
-        wanted = self._new_conversation(conversation_id, user_id, title, metadata or {})
+        wanted = self._new_conversation(conversation_id, user_id, title, metadata)
         existing = await self._existing(wanted) if conversation_id is not None else None
         return (existing, False) if existing else await self._create(wanted)
 
     def _new_conversation(
-        self, conversation_id: str | None, user_id: str, title: str | None, metadata: Json
+        self, conversation_id: str | None, user_id: str, title: str | None, metadata: Json | None
     ) -> Conversation:
         now = _now()
         return Conversation(
@@ -256,8 +256,10 @@ class ChatService:
             updated_at=now,
         )
 
-    def _metadata_fields(self, metadata: Json) -> Json:
+    def _metadata_fields(self, metadata: Json | None) -> Json:
         """Check metadata, and return it with its exact copy where the engine would bend it."""
+        if metadata is None:
+            metadata = {}
         if not isinstance(metadata, dict):
             raise _invalid(("metadata",), "must be an object")
         raw = payloads.encode({"metadata": metadata}, keep_exact_copy=False)
@@ -314,7 +316,7 @@ class ChatService:
         if title is not UNSET:
             changes["title"] = _validate(_TITLE, title, "title")
         if metadata is not UNSET:
-            changes |= self._metadata_fields(metadata if metadata is not None else {})
+            changes |= self._metadata_fields(metadata)
         if not changes:
             return await self._conversation(conversation_id, user_id)
 

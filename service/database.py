@@ -26,7 +26,6 @@ from typing import Any, TypeVar
 import pymongo
 import structlog
 from beanie import Document, init_beanie
-from bson.codec_options import CodecOptions
 from bson.raw_bson import RawBSONDocument
 from pymongo.errors import (
     BulkWriteError,
@@ -63,7 +62,6 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 _DURABLE = WriteConcern("majority", j=True)
-_RAW: CodecOptions[Any] = CodecOptions(document_class=RawBSONDocument, tz_aware=True)
 _RECONNECT_S = 1.0
 _READY_TIMEOUT_S = 1.0
 # By how much the loop's deadline is later than the driver's.
@@ -388,7 +386,7 @@ class Database:
         session: Session | None = None,
     ) -> list[bytes]:
         """Find documents as the BSON that the server sent, undecoded."""
-        collection = document.get_motor_collection()
+        collection = document.get_motor_collection()  # `get_pymongo_collection` in Beanie 2
         cursor = collection.find_raw_batches(query, session=session, limit=limit, sort=list(sort) or None)
         # A batch is BSON documents one after the other, which costs nothing to make.
         return [document for batch in await cursor.to_list(None) for document in split(batch)]
@@ -398,18 +396,12 @@ class Database:
     ) -> None:
         """Insert documents that are BSON already. Raises DuplicateKeyError where an `_id` is taken."""
         try:
-            await self._raw(document).insert_many(
-                [RawBSONDocument(raw) for raw in documents], session=session
-            )
+            collection = document.get_motor_collection()
+            await collection.insert_many([RawBSONDocument(raw) for raw in documents], session=session)
         except BulkWriteError as error:
             if any(each.get("code") == 11000 for each in error.details.get("writeErrors", [])):
                 raise DuplicateKeyError(str(error), 11000, error.details) from error
             raise
-
-    @staticmethod
-    def _raw(document: type[Document]) -> Any:
-        # Beanie 2 calls this `get_pymongo_collection`.
-        return document.get_motor_collection().with_options(codec_options=_RAW)
 
 
 def _worth_another_run(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -49,12 +50,13 @@ class DataDirectoryInUse(EmbeddedEngineError):
 class EmbeddedEngine:
     """The engine, as a context: running inside, gone outside.
 
-    Raises EmbeddedEngineError on entering when the package is missing, the data directory is in use or
-    not writable, the port is taken, or the engine ends at once.
+    `meanwhile` is done while it starts. Raises EmbeddedEngineError on entering when the package is
+    missing, the data directory is in use or not writable, the port is taken, or the engine ends at once.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, meanwhile: Callable[[], None] = lambda: None) -> None:
         self._settings = settings
+        self._meanwhile = meanwhile
         self._port = settings.embedded_port
         self._data = settings.data_dir
         self._service_lock: IO[str] | None = None
@@ -69,6 +71,7 @@ class EmbeddedEngine:
             self._take_data_directory()
             self._require_free_port()
             self._guard = self._start(program)
+            self._meanwhile()
             self._wait_until_it_listens(self._guard)
         except BaseException:
             self._end()

@@ -177,7 +177,7 @@ def test_when_told_to_stop_what_is_in_flight_is_answered_and_what_is_new_is_refu
         began = time.monotonic()
         service.process.terminate()
         refused = False
-        while thread.is_alive() and service.process.poll() is None:
+        while service.process.poll() is None:
             try:
                 httpx.get(service.url + "/health/live", timeout=5)
             except httpx.TransportError:
