@@ -815,8 +815,12 @@ def _part_items(part: Sequence[bytes]) -> int:
 
 
 def list_query(user_id: str, begin: datetime, end: datetime) -> Json:
-    """Filter one user's conversations by a window of time, `begin` included, `end` not."""
-    return {"user_id": user_id, "updated_at": {"$gte": begin, "$lt": end}}
+    """Filter one user's conversations by a window of time, `begin` included, `end` not.
+
+    `begin` is said as what it is greater than, a millisecond before: an inclusive bound at the far end of an
+    index that has more fields behind it misses its equals on the embedded engine.
+    """
+    return {"user_id": user_id, "updated_at": {"$gt": begin - timedelta(milliseconds=1), "$lt": end}}
 
 
 def time_query(conversation_id: str, begin: datetime, end: datetime) -> Json:

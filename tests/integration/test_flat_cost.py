@@ -10,7 +10,7 @@ import pytest
 from pymongo import MongoClient, monitoring
 from pymongo.database import Database as MongoDatabase
 
-from service.chat_service import ChatService
+from service.chat_service import ChatService, list_query
 from service.database import Database
 from service.settings import Settings
 from tests.harness import Service, new_id
@@ -178,6 +178,17 @@ async def test_the_list_costs_the_page_and_uses_its_index(counted: Any, operator
         # A window is at most eight times as wide as the one before it.
         assert looked_at <= 20 * 8 + 20
         after = page.next
+
+
+def test_a_window_of_the_list_has_its_beginning_and_not_its_end(operator: Any) -> None:
+    user, millisecond = new_id("user"), timedelta(milliseconds=1)
+    operator.conversations.insert_many(
+        {"_id": f"{user}-{n}", "user_id": user, "updated_at": START + n * millisecond} for n in range(40)
+    )
+    for begin, end in ((0, 1), (7, 8), (0, 40), (13, 13), (5, 39)):
+        query = list_query(user, START + begin * millisecond, START + end * millisecond)
+        found = {each["_id"] for each in operator.conversations.find(query)}
+        assert found == {f"{user}-{n}" for n in range(begin, end)}
 
 
 async def test_on_mongodb_one_query_reads_the_same(counted: Any, talks: Any) -> None:
