@@ -135,39 +135,30 @@ class Verifier:
             self._note(conversation.id, "its id or its user_id is not well formed", "left")
         if seen.last_seq > conversation.last_seq:
             what = f"last_seq is {conversation.last_seq}, and there is a message with seq {seen.last_seq}"
-            await self._mend(conversation.id, what, {"$max": {"last_seq": seen.last_seq}})
+            await self._mend(Conversation, conversation.id, {"$max": {"last_seq": seen.last_seq}}, what)
         if seen.count != conversation.message_count:
             what = f"message_count is {conversation.message_count}, and there are {seen.count} messages"
             change = {"$inc": {"message_count": seen.count - conversation.message_count}}
-            await self._mend(conversation.id, what, change)
+            await self._mend(Conversation, conversation.id, change, what)
         for message_id in seen.others:
             what = f"the message {message_id} says that it is another user's"
-            await self._mend_owner(conversation, what, message_id)
-
-    async def _mend(self, conversation_id: str, what: str, change: dict[str, Any]) -> None:
-        """Correct a counter by what was counted; relative, so that a writer meanwhile is not undone."""
-
-        async def correct(transaction: Transaction) -> None:
-            query = Conversation.find_one({"_id": conversation_id})
-            await query.update_one(change, session=transaction.session)
-
-        if self._repair:
-            async with self._database.call():
-                await self._database.transaction(correct)
-        self._note(conversation_id, what, "mended" if self._repair else "")
-
-    async def _mend_owner(self, conversation: Conversation, what: str, message_id: str) -> None:
-        """A message has its conversation's owner; that the conversation is right is by definition."""
-
-        async def correct(transaction: Transaction) -> None:
-            query = Message.find_one({"_id": message_id})
             owner = {"$set": {"user_id": conversation.user_id}}
-            await query.update_one(owner, session=transaction.session)
+            await self._mend(Message, message_id, owner, what)
+
+    async def _mend(self, document: type[Document], key: str, change: dict[str, Any], violation: str) -> None:
+        """Correct one document, if we are to, and note it.
+
+        Counters are corrected by a difference, so that a writer meanwhile is not undone; a message has its
+        conversation's owner by definition.
+        """
+
+        async def correct(transaction: Transaction) -> None:
+            await document.find_one({"_id": key}).update_one(change, session=transaction.session)
 
         if self._repair:
             async with self._database.call():
                 await self._database.transaction(correct)
-        self._note(conversation.id, what, "mended" if self._repair else "")
+        self._note(key.partition("/")[0], violation, "mended" if self._repair else "")
 
     async def _interrupted_deletion(self, conversation_id: str) -> None:
         if self._repair:
