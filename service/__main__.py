@@ -81,7 +81,6 @@ def _run(settings: Settings) -> None:
         proxy_headers=False,
         http=PatientProtocol,
         ws="none",
-        limit_concurrency=settings.connections_max,
         server_header=False,
         timeout_graceful_shutdown=max(1, settings.shutdown_timeout_ms // 1000),
     )

@@ -22,7 +22,7 @@ from service.api import conversations, health, messages, problems
 from service.api.schemas import ConversationChanges, NewConversation, NewMessage, NewMessages
 from service.chat_service import ChatService
 from service.database import Database
-from service.errors import ChatHistoryError
+from service.errors import ChatHistoryError, Overloaded
 from service.settings import Settings
 
 _UNFINISHED_DELETIONS_EVERY_S = 60.0
@@ -55,6 +55,13 @@ async def _failed(scope: Scope, receive: Receive, send: Send) -> None:
     await problems.problem(error)(scope, receive, send)
 
 
+async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
+    settings: Settings = scope["state"]["settings"]
+    error = Overloaded(f"This process serves {settings.connections_max} connections at once.")
+    scope["state"]["problem"] = error.slug()
+    await problems.problem(error, settings.retry_after_s)(scope, receive, send)
+
+
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Open the resources, and close them in reverse."""
@@ -66,7 +73,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         app.state.chat = ChatService(app.state.database, settings)
         stack.push_async_callback(_cancel, asyncio.create_task(_finish_deletions(app.state.chat)))
         _stop_with_parent()
-        yield {"settings": settings}
+        yield {"settings": settings, "overloaded": logs.RequestLog(_overloaded, on_failure=_failed)}
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -36,8 +36,13 @@ class PatientProtocol(HttpToolsProtocol):
             self._start(self._settings.header_timeout_ms)
 
     def on_headers_complete(self) -> None:
-        """From here on the application waits, for the body, with a time of its own."""
+        """From here on the application waits, for the body, with a time of its own.
+
+        Where there are too many connections the answer is a problem document, which uvicorn's own is not.
+        """
         self._stop()
+        crowded = len(self.connections) > self._settings.connections_max
+        self.app = self.app_state["overloaded"] if crowded else self.config.loaded_app
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:

@@ -251,14 +251,15 @@ class Database:
         return True
 
     @contextlib.asynccontextmanager
-    async def call(self) -> AsyncIterator[None]:
+    async def call(self, *, seconds: float | None = None) -> AsyncIterator[None]:
         """Bound all database work inside by one deadline, and turn driver errors into our own.
 
-        Raises DatabaseUnavailable, StorageFull or UnsuitableDatabase.
+        `seconds` is for work that a client does not wait for; without it the setting counts. Raises
+        DatabaseUnavailable, StorageFull or UnsuitableDatabase.
         """
         if not self._prepared:
             raise type(self._why_not)(self._why_not.detail)
-        seconds = self._timeout_s()
+        seconds = seconds or self._timeout_s()
         try:
             # The driver keeps the deadline by itself, but for what it does to connect; the loop's own
             # keeps it then, and leaves the driver's thread to end by itself.

@@ -191,7 +191,11 @@ class EmbeddedEngine:
             if self._stopping.wait(pause):
                 return
             _close_input(self._guard)
-            self._guard = self._start(program)
+            try:
+                self._guard = self._start(program)
+            except OSError as error:  # no room for its files, or no process to be had: for now
+                log.error("engine_not_started", error=type(error).__name__, reason=error.strerror)
+                continue
             if self._stopping.is_set():  # we were told to stop between the pause and the start
                 self._end()
 

@@ -113,6 +113,13 @@ class DatabaseUnavailable(ChatHistoryError):
     title = "The database is not available"
 
 
+class Overloaded(ChatHistoryError):
+    """There are more connections than `CHAT_CONNECTIONS_MAX`. Nothing was done; retry."""
+
+    status = 503
+    title = "There are too many connections"
+
+
 class StorageFull(ChatHistoryError):
     """The database has no room left. Nothing was stored."""
 

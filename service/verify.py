@@ -21,6 +21,8 @@ from service.documents import NOBODY, Conversation, Message
 
 _WINDOW_SEQS = 1_000
 _ATTEMPTS = 5
+# What reads a whole collection in one command takes as long as that is large.
+_WHOLE_COLLECTION_S = 3_600.0
 Progress = Callable[[int, int], None]
 
 
@@ -78,7 +80,7 @@ class Verifier:
 
     async def _values(self, document: type[Document], name: str) -> list[Any]:
         """Return the different values of a field in a whole collection."""
-        async with self._database.call():
+        async with self._database.call(seconds=_WHOLE_COLLECTION_S):
             found = await document.aggregate([{"$group": {"_id": f"${name}"}}]).to_list()
         return [each["_id"] for each in found]
 

@@ -158,6 +158,9 @@ def test_beyond_the_limit_of_connections_the_answer_is_503(tmp_path: Path) -> No
         crowd = [connect(service) for _ in range(25)]
         response = httpx.get(service.url + "/health/live")
         assert response.status_code == 503
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.json()["type"].endswith("overloaded")
+        assert response.headers["retry-after"]
         for each in crowd:
             each.close()
         service.wait_until("/health/live")

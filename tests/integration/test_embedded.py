@@ -111,6 +111,25 @@ def test_the_engine_is_started_again_when_it_dies_and_nothing_is_lost(tmp_path: 
         assert "engine_ended" in service.output()
 
 
+def test_an_engine_that_cannot_be_started_again_at_once_is_started_later(tmp_path: Path) -> None:
+    with running(tmp_path) as service, service.client() as client:
+        conversation = create(client)
+        stored = append(client, conversation, {"role": "user", "content": "before"})
+        # What it is started with cannot be written, as on a disk that is full.
+        config = service.data / "engine.toml"
+        config.unlink()
+        config.mkdir()
+        os.kill(service.engine_pid(), signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while "engine_not_started" not in service.output() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert "engine_not_started" in service.output()
+        assert client.get(f"/conversations/{conversation}").status_code == 503
+        config.rmdir()
+        service.wait_until("/health/ready")
+        assert whole_history(client, conversation) == stored
+
+
 def end_by_sigterm(service: Service) -> None:
     assert service.stop() == 0
 
