@@ -16,7 +16,7 @@ from typing import Any
 import pymongo
 
 from benchmarks import operations, report
-from benchmarks.contestants import Floor, Service, Worker, free_port
+from benchmarks.contestants import BareService, Floor, Service, Worker, free_port
 from benchmarks.operations import LENGTHS, LISTED, OPERATIONS, PAGED, STREAMED, WRITERS, Operation
 from service.embedded import EmbeddedEngine
 from service.settings import Settings
@@ -30,6 +30,8 @@ OTHERS = {
 # What the others can do, in the terms of ours.
 COMPARED = {"append 1", "append 4", "last 50 of 100", "last 50 of 10,000", "turn: last 50, append 4"}
 CONCURRENCIES = (1, 16)
+# What the bare route over bare Motor does; each writer its own conversation, for it would collide.
+TRANSACTIONS = {"append 1", "append 4"}
 
 
 def seed(url: str) -> None:
@@ -84,18 +86,18 @@ def drop(url: str) -> None:
 
 async def run(arguments: argparse.Namespace, url: str, directory: str) -> dict[str, Any]:
     """Start the contestants, measure in rounds, and return every round's figures."""
-    service, floor = Service(url), Floor()
+    service, floor = Service(url), Floor(url)
     bare = Worker([sys.executable, "-m", "benchmarks.worker", url])
     contestants: dict[str, Any] = {"service": service, "floor": floor, "motor": bare}
     python = ROOT / ".venv-others" / "bin" / "python"
     if python.exists() and not arguments.only_ours:
-        script = str(ROOT / "benchmarks" / "others.py")
         for which in OTHERS:
-            contestants[which] = Worker([str(python), script, which, url, directory])
-    await service.start()
+            command = [str(python), "-m", "benchmarks.others", which, url, directory]
+            contestants[which] = Worker(command)
     for each in contestants.values():
         await each.start()
     await floor.learn(service)
+    contestants["bare service"] = BareService(floor)
     stream = await _stream_memory(service)
     rounds = await _rounds(contestants, arguments)
     for each in contestants.values():
@@ -113,6 +115,8 @@ async def _rounds(contestants: dict[str, Any], arguments: argparse.Namespace) ->
             for concurrency in CONCURRENCIES:
                 for name, contestant in contestants.items():
                     if name in OTHERS and (operation.name not in COMPARED or concurrency > 1):
+                        continue
+                    if name == "bare service" and operation.name not in TRANSACTIONS:
                         continue
                     figures = await contestant.measure(operation, concurrency, arguments.seconds)
                     found.append(_row(number, operation, concurrency, name, figures))

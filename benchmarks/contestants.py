@@ -76,7 +76,11 @@ class HttpContestant:
             return body
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time that the process has used."""
+        """Return the CPU time that the process has used: to the nanosecond on Linux, else to the tick."""
+        if sys.platform == "linux":
+            return time.clock_gettime(
+                ~self._process.pid << 3 | 2
+            )  # its clock, as clock_getcpuclockid names it
         times = self._cpu.cpu_times()
         return float(times.user + times.system)
 
@@ -90,20 +94,9 @@ class HttpContestant:
 
     async def measure(self, operation: Operation, concurrency: int, seconds: float) -> dict[str, Any]:
         """Do it over and over in so many tasks, for so long; return what it took."""
-        latencies: list[float] = []
-        end = time.perf_counter() + seconds
-
-        async def loop(writer: int) -> None:
-            while not latencies or time.perf_counter() < end:
-                began = time.perf_counter()
-                await self.once(operation, writer)
-                latencies.append(time.perf_counter() - began)
-
-        cpu, began = self.cpu_seconds(), time.perf_counter()
-        await asyncio.gather(*(loop(writer) for writer in range(concurrency)))
-        took = time.perf_counter() - began
-        cpu_us = (self.cpu_seconds() - cpu) / len(latencies) * 1e6
-        return {"latencies": latencies, "seconds": took, "cpu_us": cpu_us}
+        return await operations.measure(
+            lambda writer: self.once(operation, writer), concurrency, seconds, self.cpu_seconds
+        )
 
 
 class Service(HttpContestant):
@@ -154,10 +147,11 @@ class Service(HttpContestant):
 class Floor(HttpContestant):
     """A bare FastAPI application that answers as the service would, without a database."""
 
-    def __init__(self) -> None:
+    def __init__(self, mongodb_url: str) -> None:
         port = free_port()
         command = [sys.executable, "-m", "uvicorn", "benchmarks.floor:app", "--port", str(port)]
-        super().__init__([*command, "--no-access-log"], port, "/docs", {})
+        environment = {"BENCH_MONGODB_URL": mongodb_url}
+        super().__init__([*command, "--no-access-log"], port, "/docs", environment)
 
     async def learn(self, service: Service) -> None:
         """Show it what the service answers to each operation."""
@@ -199,6 +193,25 @@ class Floor(HttpContestant):
                 await self.ask("GET", "/page")
         if operation.kind == "stream":
             await self.ask("GET", "/lines/stream")
+
+
+class BareService(HttpContestant):
+    """The floor's process again, asked for both halves at once: a bare route that appends with bare Motor."""
+
+    def __init__(self, floor: Floor) -> None:
+        self.__dict__.update(floor.__dict__)
+
+    async def start(self) -> None:
+        """It was started as the floor."""
+
+    async def stop(self) -> None:
+        """And ends as the floor."""
+
+    async def once(self, operation: Operation, writer: int) -> None:
+        """Append, as the service does for its caller."""
+        messages = [operations.message(each) for each in range(operation.size)]
+        body = messages[0] if operation.size == 1 else {"messages": messages}
+        await self.ask("POST", f"/transactions/{operations.conversation(operation, writer)}", json=body)
 
 
 class Worker:

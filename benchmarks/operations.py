@@ -1,8 +1,17 @@
-"""The operations that are measured, said once for all contestants."""
+"""The operations that are measured and the loop that measures, said once for all contestants.
+
+It needs the standard library only, for some contestants run in an environment of their own.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 CONTENT = "The tide turns twice a day, and a little later every day than the day before. " * 3
 LENGTHS = (100, 10_000, 100_000)
@@ -46,3 +55,35 @@ def message(number: int) -> dict[str, str]:
 def conversation(operation: Operation, writer: int) -> str:
     """Return the conversation that a writer appends to: its own, or the one of all."""
     return "writer-one" if operation.where == "one" else f"writer-{writer}"
+
+
+Once = Callable[[int], Awaitable[None]]
+
+
+async def measure(
+    once: Once, concurrency: int, seconds: float, cpu_seconds: Callable[[], float] = time.process_time
+) -> dict[str, Any]:
+    """Do it over and over in so many tasks, for so long; return what it took, and the CPU of one."""
+    latencies: list[float] = []
+    end = time.perf_counter() + seconds
+
+    async def loop(writer: int) -> None:
+        while not latencies or time.perf_counter() < end:
+            began = time.perf_counter()
+            await once(writer)
+            latencies.append(time.perf_counter() - began)
+
+    cpu, began = cpu_seconds(), time.perf_counter()
+    await asyncio.gather(*(loop(writer) for writer in range(concurrency)))
+    took = time.perf_counter() - began
+    cpu_us = (cpu_seconds() - cpu) / len(latencies) * 1e6
+    return {"latencies": latencies, "seconds": took, "cpu_us": cpu_us}
+
+
+async def answer(once_of: Callable[[Operation], Once]) -> None:
+    """Measure what each line of JSON on standard input asks for, and answer with a line of JSON."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        once = once_of(Operation(**asked["operation"]))
+        print(json.dumps(await measure(once, asked["concurrency"], asked["seconds"])), flush=True)

@@ -7,19 +7,13 @@ LangChain's `MongoDBChatMessageHistory`, and the OpenAI Agents SDK's `MongoDBSes
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CONTENT = "The tide turns twice a day, and a little later every day than the day before. " * 3
-
-
-def item(number: int) -> dict[str, Any]:
-    """Return an item of a session, of the size that the service is given."""
-    return {"role": "assistant" if number % 2 else "user", "content": f"{number} {CONTENT}"}
+from benchmarks import operations
+from benchmarks.operations import Operation
 
 
 class LangChain:
@@ -42,7 +36,9 @@ class LangChain:
         """Add messages."""
         from langchain_core.messages import AIMessage, HumanMessage
 
-        messages = [(AIMessage if n % 2 else HumanMessage)(item(n)["content"]) for n in range(count)]
+        messages = [
+            (AIMessage if n % 2 else HumanMessage)(operations.message(n)["content"]) for n in range(count)
+        ]
         await asyncio.to_thread(self._history(name).add_messages, messages)
 
     async def last(self, name: str) -> None:
@@ -64,7 +60,7 @@ class Agents:
 
     async def append(self, name: str, count: int) -> None:
         """Add items."""
-        await self._session(name).add_items([item(n) for n in range(count)])
+        await self._session(name).add_items([operations.message(n) for n in range(count)])
 
     async def last(self, name: str) -> None:
         """Read the newest 50."""
@@ -95,46 +91,23 @@ def contestant(which: str, url: str, directory: str) -> Any:
     return Agents(lambda name: SQLAlchemySession(name, engine=engine, create_tables=True))
 
 
-async def measure(once: Callable[[int], Awaitable[None]], concurrency: int, seconds: float) -> dict[str, Any]:
-    """Run an operation over and over in so many tasks, for so long."""
-    latencies: list[float] = []
-    end = time.perf_counter() + seconds
-
-    async def loop(writer: int) -> None:
-        while not latencies or time.perf_counter() < end:
-            began = time.perf_counter()
-            await once(writer)
-            latencies.append(time.perf_counter() - began)
-
-    cpu, began = time.process_time(), time.perf_counter()
-    await asyncio.gather(*(loop(writer) for writer in range(concurrency)))
-    took = time.perf_counter() - began
-    return {
-        "latencies": latencies,
-        "seconds": took,
-        "cpu_us": (time.process_time() - cpu) / len(latencies) * 1e6,
-    }
-
-
 async def main(which: str, url: str, directory: str) -> None:
     """Fill what is read, and answer measurements until there are no more."""
     them = contestant(which, url, directory)
     for length in (100, 10_000):
         for _ in range(length // 100):
             await them.append(f"long-{length}", 100)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        operation = asked["operation"]
 
-        async def once(writer: int, operation: Any = operation) -> None:
-            if operation["kind"] in {"last", "turn"}:
-                await them.last(operation["where"])
-            if operation["kind"] in {"append", "turn"}:
-                await them.append(f"writer-{writer}", operation["size"])
+    def once_of(operation: Operation) -> operations.Once:
+        async def once(writer: int) -> None:
+            if operation.kind in {"last", "turn"}:
+                await them.last(operation.where)
+            if operation.kind in {"append", "turn"}:
+                await them.append(f"writer-{writer}", operation.size)
 
-        result = await measure(once, asked["concurrency"], asked["seconds"])
-        print(json.dumps(result), flush=True)
+        return once
+
+    await operations.answer(once_of)
 
 
 if __name__ == "__main__":

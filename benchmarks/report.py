@@ -104,7 +104,10 @@ def goals(result: dict[str, Any]) -> str:
     batch = to("append 100", "append 1", "p50_ms")
     goal("a message in a batch of 100 to one alone, p50", batch / 100 if batch else None, 0.1)
     writers = to("append 1", "append 1", "per_second", "service", "motor", 16)
-    goal("16 writers to bare Motor, per second", writers, 0.95, least=True)
+    goal("16 writers to bare Motor without HTTP, append 1", writers, 0.95, least=True)
+    for name in ("append 1", "append 4"):
+        bare = to(name, name, "per_second", "service", "bare service", 16)
+        goal(f"16 writers to a bare route over bare Motor, {name}", bare, 0.95, least=True)
     goal("memory grown by a stream of 100,000 messages, MB", result["stream"]["grown_megabytes"], 16)
     return "\n".join(["| goal | figure | bound | |", "| --- | ---: | --- | --- |", *lines])
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import os
 import sys
-import time
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 os.environ.setdefault("MOTOR_MAX_WORKERS", "32")
@@ -111,24 +108,6 @@ async def repeat(database: Any, finds: list[Any]) -> None:
         await cursor.limit(find.get("limit", 0)).to_list(None)
 
 
-async def measure(once: Callable[[int], Awaitable[None]], concurrency: int, seconds: float) -> dict[str, Any]:
-    """Run an operation over and over in so many tasks, for so long; return what it took."""
-    latencies: list[float] = []
-    end = time.perf_counter() + seconds
-
-    async def loop(writer: int) -> None:
-        while not latencies or time.perf_counter() < end:
-            began = time.perf_counter()
-            await once(writer)
-            latencies.append(time.perf_counter() - began)
-
-    cpu, began = time.process_time(), time.perf_counter()
-    await asyncio.gather(*(loop(writer) for writer in range(concurrency)))
-    took = time.perf_counter() - began
-    cpu_us = (time.process_time() - cpu) / len(latencies) * 1e6
-    return {"latencies": latencies, "seconds": took, "cpu_us": cpu_us}
-
-
 async def main(url: str) -> None:
     """Answer measurements until there are no more."""
     finds = await record(url)
@@ -136,7 +115,7 @@ async def main(url: str) -> None:
     database = client.get_default_database()
     lock = asyncio.Lock()
 
-    def operation_of(operation: Operation) -> Callable[[int], Awaitable[None]]:
+    def operation_of(operation: Operation) -> operations.Once:
         async def once(writer: int) -> None:
             if operation.kind != "append":
                 await repeat(database, finds[operation.name])
@@ -150,12 +129,7 @@ async def main(url: str) -> None:
 
         return once
 
-    print("ready", flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        operation = Operation(**asked["operation"])
-        result = await measure(operation_of(operation), asked["concurrency"], asked["seconds"])
-        print(json.dumps(result), flush=True)
+    await operations.answer(operation_of)
     client.close()
 
 

@@ -32,14 +32,13 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unpack
 from weakref import WeakValueDictionary
 
 import bson
 from pydantic import TypeAdapter, ValidationError
 from pymongo import ASCENDING, DESCENDING
 from pymongo.errors import DuplicateKeyError
-from pymongo.results import UpdateResult
 
 from service import payloads
 from service.database import Database, Transaction
@@ -347,9 +346,9 @@ class ChatService:
             found += await self._listed(query, limit + 1 - len(found))
         return ConversationList([_exactly(each) for each in found[:limit]], len(found) > limit)
 
-    @staticmethod
-    async def _listed(query: Json, limit: int) -> list[Conversation]:
-        return await Conversation.find(query).sort("-updated_at", "+_id").limit(limit).to_list()
+    async def _listed(self, query: Json, limit: int) -> list[Conversation]:
+        found = await self._database.read(Conversation, query, sort=_LATEST_FIRST, limit=limit)
+        return [_loaded(each) for each in found]
 
     def _list_windows(self, after: ListPosition | None) -> Iterator[tuple[datetime, datetime]]:
         """Cut the past into windows, newest first: one, or growing ones where a limit saves no reading.
@@ -758,21 +757,18 @@ class ChatService:
         found = await self._database.read(Conversation, _owned(conversation_id, user_id), limit=1)
         if not found:
             raise _no_conversation(conversation_id)
-        return _exactly(Conversation.model_validate(payloads.decode(found[0])))
+        return _exactly(_loaded(found[0]))
 
     async def _lock(self, transaction: Transaction, owned: Json, changes: Json) -> Conversation:
         """Update the conversation, which locks it until the commit, and return it as it then stands.
 
         Its `updated_at` moves to now, and never backwards, whatever this process's clock says.
         """
-        session = transaction.session
         update = {**changes, "$max": {"updated_at": _now()}}
-        result = await Conversation.find_one(owned).update_one(update, session=session)
-        if not cast("UpdateResult", result).matched_count:
+        found = await self._database.update(Conversation, owned, update, transaction.session)
+        if found is None:
             raise _no_conversation(owned["_id"])
-        found = await Conversation.find_one({"_id": owned["_id"]}, session=session)
-        assert found is not None, "a transaction reads its own update"
-        return found
+        return _loaded(found)
 
     async def _write(
         self,
@@ -805,6 +801,7 @@ class ChatService:
 
 _ASC = [("seq", ASCENDING)]
 _DESC = [("seq", DESCENDING)]
+_LATEST_FIRST = [("updated_at", DESCENDING), ("_id", ASCENDING)]
 _BY_TIME = [("created_at", ASCENDING), ("seq", ASCENDING)]
 
 
@@ -970,6 +967,11 @@ def _all_public(documents: Sequence[bytes]) -> list[Json]:
 def _fields(message: Json) -> Json:
     """Return what the caller said in a message."""
     return {name: value for name, value in message.items() if name not in {"id", *OWNED_FIELDS}}
+
+
+def _loaded(raw: bytes) -> Conversation:
+    conversation: Conversation = Conversation.model_validate(payloads.decode(raw))
+    return conversation
 
 
 def _exactly(conversation: Conversation) -> Conversation:

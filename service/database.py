@@ -17,9 +17,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import functools
 import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +29,8 @@ import pymongo
 import structlog
 from beanie import Document, init_beanie
 from bson.raw_bson import RawBSONDocument
+from pymongo.client_session import ClientSession
+from pymongo.collection import Collection
 from pymongo.errors import (
     BulkWriteError,
     ConnectionFailure,
@@ -63,6 +67,7 @@ log = structlog.get_logger(__name__)
 
 _DURABLE = WriteConcern("majority", j=True)
 _RECONNECT_S = 1.0
+_THREADS = 32
 _READY_TIMEOUT_S = 1.0
 # By how much the loop's deadline is later than the driver's.
 _GRACE_S = 0.2
@@ -113,6 +118,7 @@ class Database:
         self._preparing: asyncio.Task[None] | None = None
         self._tried = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="database")
         self._lost_sessions: dict[bytes, tuple[Mapping[str, Any], int]] = {}
         self._killing: asyncio.Task[None] | None = None
         self.embedded_engine = False
@@ -157,6 +163,7 @@ class Database:
         if self._client is not None:
             self._client.close()
             self._client = None
+        self._threads.shutdown(wait=False)
 
     async def _prepare_until_done(self) -> None:
         while not self._prepared:
@@ -299,13 +306,15 @@ class Database:
 
     async def _run_once(self, transaction: Transaction, work: Callable[[Transaction], Awaitable[T]]) -> T:
         assert self._client is not None
-        session = await self._client.start_session()
+        # Neither this nor the end of a session that has committed speaks to the server, so neither needs
+        # one of the threads that Motor would take for it.
+        session = AsyncIOMotorClientSession(self._client.delegate.start_session(), self._client)
         session.start_transaction(ReadConcern("snapshot"), _DURABLE)
         transaction.session = session
         try:
             result = await work(transaction)
             try:
-                await session.commit_transaction()
+                await self._in_one_thread(session.delegate.commit_transaction)
             except PyMongoError:
                 # The driver has asked twice already. A refusal may be the answer of a server that
                 # restarted and forgot a transaction that it had committed, so it proves nothing either.
@@ -320,7 +329,7 @@ class Database:
             if not _is_outage(error):
                 await asyncio.shield(abandoned)
             raise
-        await session.end_session()
+        session.delegate.end_session()
         return result
 
     def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -363,6 +372,14 @@ class Database:
                     self._lost_sessions[key] = (session_id, left - 1)
             await asyncio.sleep(_RECONNECT_S)
 
+    async def _in_one_thread(self, calls: Callable[[], T]) -> T:
+        """Run one call of the driver, or several in a row, in one thread, with the deadline that holds here.
+
+        Motor takes a thread for each, and several turns of the loop, which is most of what it costs.
+        """
+        context = contextvars.copy_context()  # which holds the deadline
+        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, calls)
+
     def require_room(self) -> None:
         """Raise StorageFull while the embedded engine's disk is all but full.
 
@@ -387,22 +404,63 @@ class Database:
         session: Session | None = None,
     ) -> list[bytes]:
         """Find documents as the BSON that the server sent, undecoded."""
-        collection = document.get_motor_collection()  # `get_pymongo_collection` in Beanie 2
-        cursor = collection.find_raw_batches(query, session=session, limit=limit, sort=list(sort) or None)
-        # A batch is BSON documents one after the other, which costs nothing to make.
-        return [document for batch in await cursor.to_list(None) for document in split(batch)]
+        found, own_session = _collection(document), _own(session)
+
+        def find() -> list[bytes]:
+            return _documents(
+                found.find_raw_batches(query, session=own_session, limit=limit, sort=list(sort) or None)
+            )
+
+        return await self._in_one_thread(find)
+
+    async def update(
+        self,
+        document: type[Document],
+        query: Mapping[str, Any],
+        changes: Mapping[str, Any],
+        session: Session | None,
+    ) -> bytes | None:
+        """Update one document and return it as it then stands, undecoded, or None if there is none.
+
+        Two commands, since the one that does both scans the whole collection on the embedded engine.
+        """
+        found, own_session = _collection(document), _own(session)
+
+        def update_and_find() -> bytes | None:
+            if not found.update_one(query, changes, session=own_session).matched_count:
+                return None
+            named = {"_id": query["_id"]}
+            return _documents(found.find_raw_batches(named, session=own_session, limit=1))[0]
+
+        return await self._in_one_thread(update_and_find)
 
     async def insert(
         self, document: type[Document], documents: Sequence[bytes], session: Session | None
     ) -> None:
         """Insert documents that are BSON already. Raises DuplicateKeyError where an `_id` is taken."""
+        many = [RawBSONDocument(raw) for raw in documents]
+        insert = functools.partial(_collection(document).insert_many, many, session=_own(session))
         try:
-            collection = document.get_motor_collection()
-            await collection.insert_many([RawBSONDocument(raw) for raw in documents], session=session)
+            await self._in_one_thread(insert)
         except BulkWriteError as error:
             if any(each.get("code") == 11000 for each in error.details.get("writeErrors", [])):
                 raise DuplicateKeyError(str(error), 11000, error.details) from error
             raise
+
+
+def _collection(document: type[Document]) -> Collection[dict[str, Any]]:
+    """Return the driver's own collection, for calls that are in one of its threads already."""
+    collection: Collection[dict[str, Any]] = document.get_motor_collection().delegate
+    return collection  # `get_pymongo_collection` in Beanie 2
+
+
+def _documents(cursor: Any) -> list[bytes]:
+    """Take apart what a raw cursor (which has no type of its own) returns: BSON, one after the other."""
+    return [document for batch in cursor for document in split(batch)]
+
+
+def _own(session: Session | None) -> ClientSession | None:
+    return None if session is None else session.delegate
 
 
 def _worth_another_run(error: BaseException) -> bool:

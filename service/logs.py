@@ -11,6 +11,7 @@ import traceback
 from collections.abc import MutableMapping
 from typing import Any
 
+import orjson
 import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,17 +23,23 @@ log = structlog.get_logger("service.requests")
 
 
 def configure(settings: Settings) -> None:
-    """Send all logs of the process, uvicorn's and the driver's too, through one form to stderr."""
+    """Send all logs of the process, uvicorn's and the driver's too, in one form to stderr."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_log_level,
+        structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _exceptions_without_messages,
     ]
+    # Our own lines take structlog's short way to stderr, a third of what the standard library's takes.
+    factory = (
+        structlog.WriteLoggerFactory(sys.stderr)
+        if _in_a_console(settings)
+        else structlog.BytesLoggerFactory(sys.stderr.buffer)
+    )
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[*shared, _renderer(settings)],
+        logger_factory=factory,
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -42,6 +49,7 @@ def configure(settings: Settings) -> None:
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _renderer(settings),
+                _text,
             ],
         )
     )
@@ -56,11 +64,22 @@ def configure(settings: Settings) -> None:
         logging.getLogger(name).propagate = True
 
 
+def _in_a_console(settings: Settings) -> bool:
+    return settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
+
+
 def _renderer(settings: Settings) -> Any:
-    console = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
-    if console:
+    if _in_a_console(settings):
         return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    return structlog.processors.JSONRenderer()
+    return structlog.processors.JSONRenderer(serializer=_dumps)
+
+
+def _dumps(event: Any, **_: Any) -> bytes:
+    return orjson.dumps(event, default=str)
+
+
+def _text(_logger: Any, _method: str, line: Any) -> str:
+    return line if isinstance(line, str) else str(line, "utf-8")
 
 
 def _exceptions_without_messages(

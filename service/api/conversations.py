@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from service import errors
-from service.api import bodies, schemas
-from service.api.needs import Chat, ConversationId, no_query, no_repeats, page_items
+from service.api import bodies, needs, schemas
+from service.api.needs import Chat, ConversationId, no_query, page_items
 from service.api.problems import answers
 from service.api.schemas import (
     ConversationChanges,
@@ -22,8 +22,9 @@ from service.api.schemas import (
 )
 from service.chat_service import UNSET
 
-router = APIRouter(tags=["conversations"], dependencies=[Depends(no_repeats)])
-Owner = Annotated[OwnerQuery, Query()]
+router = APIRouter(tags=["conversations"])
+Owner = Annotated[OwnerQuery, needs.query(OwnerQuery)]
+OWNER = needs.described(OwnerQuery)
 
 
 @router.post(
@@ -48,8 +49,15 @@ async def create_conversation(request: Request, chat: Chat) -> Response:
     return json_response(schemas.conversation_out(conversation), 201 if created else 200, headers)
 
 
-@router.get("/conversations", response_model=ConversationPage, responses=answers())
-async def list_conversations(request: Request, chat: Chat, query: Annotated[ListQuery, Query()]) -> Response:
+@router.get(
+    "/conversations",
+    response_model=ConversationPage,
+    openapi_extra=needs.described(ListQuery),
+    responses=answers(),
+)
+async def list_conversations(
+    request: Request, chat: Chat, query: Annotated[ListQuery, needs.query(ListQuery)]
+) -> Response:
     """List a user's conversations, latest activity first."""
     page_items(request, "limit", query.limit)
     after = schemas.position(query.cursor) if query.cursor is not None else None
@@ -60,6 +68,7 @@ async def list_conversations(request: Request, chat: Chat, query: Annotated[List
 @router.get(
     "/conversations/{conversation_id}",
     response_model=ConversationOut,
+    openapi_extra=OWNER,
     responses=answers(errors.ConversationNotFound),
 )
 async def get_conversation(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
@@ -71,7 +80,7 @@ async def get_conversation(chat: Chat, conversation_id: ConversationId, owner: O
 @router.patch(
     "/conversations/{conversation_id}",
     response_model=ConversationOut,
-    openapi_extra=bodies.described(ConversationChanges),
+    openapi_extra={**OWNER, **bodies.described(ConversationChanges)},
     responses=answers(errors.ConversationNotFound, errors.StorageFull, *bodies.PROBLEMS),
 )
 async def update_conversation(
@@ -92,6 +101,7 @@ async def update_conversation(
 @router.delete(
     "/conversations/{conversation_id}",
     status_code=204,
+    openapi_extra=OWNER,
     responses=answers(errors.ConversationNotFound),
 )
 async def delete_conversation(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from service import errors
-from service.api import bodies, schemas
-from service.api.needs import Chat, ConversationId, IdempotencyKey, MessageId, no_repeats, page_items
+from service.api import bodies, needs, schemas
+from service.api.needs import Chat, ConversationId, IdempotencyKey, MessageId, page_items
 from service.api.problems import answers
 from service.api.schemas import (
     CutQuery,
@@ -29,16 +29,19 @@ NDJSON = "application/x-ndjson"
 router = APIRouter(
     prefix="/conversations/{conversation_id}/messages",
     tags=["messages"],
-    dependencies=[Depends(no_repeats)],
 )
-Owner = Annotated[OwnerQuery, Query()]
+Owner = Annotated[OwnerQuery, needs.query(OwnerQuery)]
+OWNER = needs.described(OwnerQuery)
 
 
 @router.post(
     "",
     status_code=201,
     response_model=MessageOut | MessagePage,
-    openapi_extra=bodies.described(NewMessage, NewMessages),
+    openapi_extra={
+        "parameters": [*OWNER["parameters"], needs.KEY_PARAMETER],
+        **bodies.described(NewMessage, NewMessages),
+    },
     responses={
         200: {
             "model": MessageOut | MessagePage,
@@ -59,7 +62,7 @@ async def append(
     chat: Chat,
     conversation_id: ConversationId,
     owner: Owner,
-    key: IdempotencyKey = None,
+    key: IdempotencyKey,
 ) -> Response:
     """Append one message (the object), or a batch (`{"messages": [...]}`)."""
     body = await bodies.read_json(request)
@@ -89,6 +92,7 @@ def _answer(appended: Appended, body: Json) -> Response:
 @router.get(
     "",
     response_model=MessagePage,
+    openapi_extra=needs.described(HistoryQuery),
     responses={
         200: {
             "description": "A page; with `Accept: application/x-ndjson`, every message, one a line.",
@@ -101,7 +105,7 @@ async def history(
     request: Request,
     chat: Chat,
     conversation_id: ConversationId,
-    query: Annotated[HistoryQuery, Query()],
+    query: Annotated[HistoryQuery, needs.query(HistoryQuery)],
 ) -> Response:
     """Read the history, oldest first."""
     _refuse_contradictions(query)
@@ -149,9 +153,14 @@ def _lines(messages: list[Json]) -> bytes:
     return b"".join(schemas.dumps(message) + b"\n" for message in messages)
 
 
-@router.delete("", status_code=204, responses=answers(errors.ConversationNotFound))
+@router.delete(
+    "",
+    status_code=204,
+    openapi_extra=needs.described(CutQuery),
+    responses=answers(errors.ConversationNotFound),
+)
 async def cut_off(
-    chat: Chat, conversation_id: ConversationId, query: Annotated[CutQuery, Query()]
+    chat: Chat, conversation_id: ConversationId, query: Annotated[CutQuery, needs.query(CutQuery)]
 ) -> Response:
     """Cut off the end of a conversation after a seq, or clear it."""
     await chat.delete_messages(conversation_id, query.user_id, after=query.after or 0)
@@ -161,6 +170,7 @@ async def cut_off(
 @router.get(
     "/{message_id}",
     response_model=MessageOut,
+    openapi_extra=OWNER,
     responses=answers(errors.ConversationNotFound, errors.MessageNotFound),
 )
 async def get_message(
@@ -173,6 +183,7 @@ async def get_message(
 @router.delete(
     "/{message_id}",
     status_code=204,
+    openapi_extra=OWNER,
     responses=answers(errors.ConversationNotFound, errors.MessageNotFound),
 )
 async def delete_message(

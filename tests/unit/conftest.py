@@ -45,6 +45,11 @@ class MockDatabase(Database):
             cursor = cursor.limit(options["limit"])
         return [bson.encode(each) for each in await cursor.to_list(None)]
 
+    async def update(self, document: type[Document], query: Any, changes: Any, _session: Any) -> bytes | None:
+        result = await document.get_motor_collection().update_one(query, changes)
+        found = await self.read(document, {"_id": query["_id"]}) if result.matched_count else []
+        return found[0] if found else None
+
     async def insert(self, document: type[Document], documents: Sequence[bytes], _session: Any) -> None:
         decoded = [bson.decode(each, bson.CodecOptions(tz_aware=True)) for each in documents]
         try:
