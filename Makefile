@@ -41,6 +41,8 @@ constraints: .venv/.dev ## compile constraints.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --group bench --universal --python-version 3.11 \
 		--upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file constraints.txt
+	$(BIN)/uv pip compile benchmarks/others.in --universal --python-version 3.11 \
+		--upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file benchmarks/others.txt
 
 clean: ## remove what make made (not ./data)
 	rm -rf .venv .venv-others .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -94,14 +94,16 @@ async def run(arguments: argparse.Namespace, url: str, directory: str) -> dict[s
         for which in OTHERS:
             command = [str(python), "-m", "benchmarks.others", which, url, directory]
             contestants[which] = Worker(command)
-    for each in contestants.values():
-        await each.start()
-    await floor.learn(service)
-    contestants["bare service"] = BareService(floor)
-    stream = await _stream_memory(service)
-    rounds = await _rounds(contestants, arguments)
-    for each in contestants.values():
-        await each.stop()
+    try:
+        for each in contestants.values():
+            await each.start()
+        await floor.learn(service)
+        contestants["bare service"] = BareService(floor)
+        stream = await _stream_memory(service)
+        rounds = await _rounds(contestants, arguments)
+    finally:
+        for each in contestants.values():
+            await each.stop()
     return {"rounds": rounds, "stream": stream}
 
 

@@ -61,8 +61,8 @@ class HttpContestant:
 
     async def stop(self) -> None:
         """End the process."""
-        assert self._session is not None
-        await self._session.close()
+        if self._session is not None:
+            await self._session.close()
         self._process.terminate()
         self._process.wait(30)
 
