@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.types import Receive, Scope, Send
 
 from service import logs
-from service.api import conversations, health, messages, problems
+from service.api import conversations, health, messages, openai, openai_schemas, problems
 from service.api.schemas import ConversationChanges, NewConversation, NewMessage, NewMessages
 from service.chat_service import ChatService
 from service.database import Database
@@ -43,6 +43,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.include_router(conversations.router)
     app.include_router(messages.router)
+    app.include_router(messages.pop_router)
+    app.include_router(openai.router)
     app.include_router(health.router)
     problems.install(app, settings.retry_after_s)
     app.add_middleware(logs.RequestLog, on_failure=_failed)
@@ -52,14 +54,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 async def _failed(scope: Scope, receive: Receive, send: Send) -> None:
     error = ChatHistoryError("An error that the service did not expect; its log has the place.")
-    await problems.problem(error)(scope, receive, send)
+    await problems.respond(error, scope)(scope, receive, send)
 
 
 async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
     settings: Settings = scope["state"]["settings"]
     error = Overloaded(f"This process serves {settings.connections_max} connections at once.")
     scope["state"]["problem"] = error.slug()
-    await problems.problem(error, settings.retry_after_s)(scope, receive, send)
+    await problems.respond(error, scope, settings.retry_after_s)(scope, receive, send)
 
 
 @contextlib.asynccontextmanager
@@ -106,7 +108,17 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         schema = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes
         )
-        models = (NewConversation, ConversationChanges, NewMessage, NewMessages, problems.Problem)
+        models = (
+            NewConversation,
+            ConversationChanges,
+            NewMessage,
+            NewMessages,
+            problems.Problem,
+            openai_schemas.NewOpenAIConversation,
+            openai_schemas.NewOpenAIItems,
+            openai_schemas.OpenAIMetadata,
+            problems.OpenAIError,
+        )
         _, definitions = models_json_schema(
             [(model, "validation") for model in models],
             ref_template="#/components/schemas/{model}",

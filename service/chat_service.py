@@ -178,8 +178,20 @@ class _NewMessage:
 
 
 @dataclass(frozen=True)
+class Naming:
+    """How messages without an id of their own get one.
+
+    `key` is an idempotency key. `prefixes`, one for each message, are for a caller who needs ids to begin as
+    he says (`msg`, `fc`); then a key may come with ids of the caller's own, which count before it.
+    """
+
+    key: str | None = None
+    prefixes: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
 class _Batch:
-    """What one append brings; `follower` is the id that a longer batch of the same key would go on with."""
+    """What one append brings; `follower` ends the id that a longer batch of its key would go on with."""
 
     messages: list[_NewMessage]
     follower: str | None
@@ -291,6 +303,49 @@ class ChatService:
                 return await self._create(wanted)
             return existing, transaction.may_have_committed
         return wanted, True
+
+    @_in_one_call
+    async def start_conversation(
+        self,
+        user_id: str,
+        messages: Sequence[Mapping[str, Any]] = (),
+        *,
+        metadata: Json | None = None,
+        idempotency_key: str | None = None,
+        prefixes: Sequence[str] | None = None,
+        field: str = "messages",
+    ) -> Conversation:
+        """Create a conversation with its first messages: all of it commits together, or nothing.
+
+        With a key the request may be repeated, and returns the conversation that it made first. Raises what
+        `add_messages` raises, IdempotencyConflict where the key made one with other messages.
+        """
+        self._database.require_room()
+        _validate(_ID, user_id, "user_id")
+        key = f"conv_{_digest(f'{user_id}/{idempotency_key}')}" if idempotency_key is not None else None
+        wanted = self._new_conversation(key, user_id, None, metadata)
+        batch = None
+        if messages:
+            naming = Naming(idempotency_key, prefixes)
+            batch = self._incoming(messages, self._places(messages, field), naming)
+        return await self._start(wanted, batch)
+
+    async def _start(self, wanted: Conversation, batch: _Batch | None) -> Conversation:
+        async def insert(transaction: Transaction) -> Conversation:
+            await wanted.insert(session=transaction.session)
+            if batch is not None:
+                await self._store(_owned(wanted.id, wanted.user_id), batch, transaction)
+            return wanted
+
+        try:
+            return await self._write(wanted.id, insert)
+        except DuplicateKeyError:
+            existing = await self._existing(wanted)
+            if existing is None:
+                return await self._start(wanted, batch)
+            if batch is not None:
+                await self._stored_before(existing.id, existing.user_id, batch)
+            return existing
 
     @_in_one_call
     async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:
@@ -432,7 +487,7 @@ class ChatService:
         idempotency_key: str | None = None,
     ) -> Appended:
         """Append one message; see `add_messages`, whose errors then begin at the message itself."""
-        return await self._append(conversation_id, [message], [()], user_id, idempotency_key)
+        return await self._append(conversation_id, [message], [()], user_id, Naming(idempotency_key))
 
     async def add_messages(
         self,
@@ -441,20 +496,26 @@ class ChatService:
         user_id: str | None = None,
         *,
         idempotency_key: str | None = None,
+        prefixes: Sequence[str] | None = None,
+        field: str = "messages",
     ) -> Appended:
         """Append a batch, whole or not at all, and return what is stored.
 
         A message has a `role` and whatever else JSON can say; its `id` may be the caller's own. A request
-        with a key or with ids may be repeated: it is stored once, and `replayed` then says so. Raises
+        with a key or with ids may be repeated: it is stored once, and `replayed` then says so. `prefixes`
+        are those of `Naming`; `field` is what the caller's request calls the batch. Raises
         ConversationNotFound, InvalidRequest (with the path of each fault) and IdempotencyConflict.
         """
-        if not 1 <= len(messages) <= self._settings.batch_items_max:
-            raise _invalid(
-                ("messages",),
-                f"must have 1 to {self._settings.batch_items_max} messages, and has {len(messages)}",
-            )
-        places: list[Path] = [("messages", index) for index in range(len(messages))]
-        return await self._append(conversation_id, messages, places, user_id, idempotency_key)
+        places = self._places(messages, field)
+        naming = Naming(idempotency_key, prefixes)
+        return await self._append(conversation_id, messages, places, user_id, naming)
+
+    def _places(self, messages: Sequence[Any], field: str) -> list[Path]:
+        """Return the path of each message of a batch, which is neither empty nor too long."""
+        most = self._settings.batch_items_max
+        if not 1 <= len(messages) <= most:
+            raise _invalid((field,), f"must have 1 to {most} {field}, and has {len(messages)}")
+        return [(field, index) for index in range(len(messages))]
 
     async def _append(
         self,
@@ -462,11 +523,11 @@ class ChatService:
         messages: Sequence[Mapping[str, Any]],
         places: Sequence[Path],
         user_id: str | None,
-        key: str | None,
+        naming: Naming,
     ) -> Appended:
         self._database.require_room()
         async with self._database.call():
-            batch = self._incoming(messages, places, key)
+            batch = self._incoming(messages, places, naming)
             transaction = Transaction()
             try:
                 stored = await self._write(
@@ -480,13 +541,14 @@ class ChatService:
             return Appended(stored, replayed=False)
 
     def _incoming(
-        self, messages: Sequence[Mapping[str, Any]], places: Sequence[Path], key: str | None
+        self, messages: Sequence[Mapping[str, Any]], places: Sequence[Path], naming: Naming
     ) -> _Batch:
         """Check every message, name it, and encode it; nothing is stored unless all of them pass."""
-        faults = [f for each, at in zip(messages, places, strict=True) for f in _faults(each, at, key)]
+        key_alone = naming.key is not None and naming.prefixes is None
+        faults = [f for each, at in zip(messages, places, strict=True) for f in _faults(each, at, key_alone)]
         if faults:
             raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults)
-        ids, follower = message_ids(messages, key)
+        ids, follower = message_ids(messages, naming)
         _refuse_repeated(ids, places)
         encoded = [
             payloads.encode(
@@ -517,14 +579,16 @@ class ChatService:
         first = await self._message(conversation.id, batch.messages[0].id)
         if first is None:
             raise IdempotencyConflict("Some of these messages are stored already, and some are not.")
-        low = first["seq"] - 1
-        span = Span(conversation.id, low, low + len(batch.messages))
-        stored = _all_public(await self._database.read(Message, span.query(), sort=_ASC))
+        low, count = first["seq"] - 1, len(batch.messages)
+        span = Span(conversation.id, low, low + count + 1)
+        found = _all_public(await self._database.read(Message, span.query(), sort=_ASC))
+        stored = found[:count]
         if [each["id"] for each in stored] != batch.ids:
             raise IdempotencyConflict(
                 "This key or these ids stand for a batch of other messages, or some of it was deleted."
             )
-        if batch.follower and await self._message(conversation.id, batch.follower):
+        # A batch stands together, so one that was longer goes on with the very next message.
+        if batch.follower and found[count:] and found[count]["id"].partition("_")[2] == batch.follower:
             raise IdempotencyConflict("This key stands for a longer batch.")
         for message, before in zip(batch.messages, stored, strict=True):
             if not payloads.same(_fields(before), payloads.decode(message.fields)):
@@ -595,7 +659,7 @@ class ChatService:
         await self._conversation(conversation_id, user_id)
         found = await self._message(conversation_id, message_id)
         if found is None:
-            raise MessageNotFound(f"No message {message_id} in this conversation.")
+            raise _no_message(message_id)
         return found
 
     async def _message(self, conversation_id: str, message_id: str) -> Json | None:
@@ -674,7 +738,9 @@ class ChatService:
             span = span.beyond(found[-1]["seq"], backwards)
         return found, False
 
-    async def _read_windows(self, span: Span, count: int, backwards: bool) -> list[bytes]:
+    async def _read_windows(
+        self, span: Span, count: int, backwards: bool, transaction: Transaction | None = None
+    ) -> list[bytes]:
         """Read up to `count` messages in order, in one query, or in windows where a limit saves nothing.
 
         On the embedded engine a query costs what it matches, so it may match little more than `count`.
@@ -682,8 +748,9 @@ class ChatService:
         WINDOW_SEQS_MAX, beyond which a dense stretch behind the hole would cost too much.
         """
         sort = _DESC if backwards else _ASC
+        session = transaction.session if transaction else None
         if not self._database.reads_whole_match:
-            return await self._database.read(Message, span.query(), sort=sort, limit=count)
+            return await self._database.read(Message, span.query(), sort=sort, limit=count, session=session)
         found: list[bytes] = []
         low, high, width = span.low, span.high, count
         while low < high and len(found) < count:
@@ -691,7 +758,10 @@ class ChatService:
                 window = span.between(max(low, high - width), high)
             else:
                 window = span.between(low, min(high, low + width))
-            found += await self._database.read(Message, window.query(), sort=sort, limit=count - len(found))
+            left = count - len(found)
+            found += await self._database.read(
+                Message, window.query(), sort=sort, limit=left, session=session
+            )
             low, high = (low, window.low) if backwards else (window.high, high)
             width = min(width * 2, max(count, WINDOW_SEQS_MAX))
         return found
@@ -703,12 +773,8 @@ class ChatService:
         """Delete one message; its seq stays empty. Raises ConversationNotFound, MessageNotFound."""
 
         async def delete(transaction: Transaction) -> None:
-            uncounted = {"$inc": {"message_count": -1}}
-            await self._lock(transaction, _owned(conversation_id, user_id), uncounted)
-            named = {"_id": f"{conversation_id}/{message_id}"}
-            result = await Message.find(named).delete(session=transaction.session)
-            if not result or not result.deleted_count:
-                raise MessageNotFound(f"No message {message_id} in this conversation.")
+            await self._lock(transaction, _owned(conversation_id, user_id), _ONE_LESS)
+            await self._delete_one(transaction, conversation_id, message_id)
 
         transaction = Transaction()
         try:
@@ -716,6 +782,41 @@ class ChatService:
         except MessageNotFound:
             if not transaction.may_have_committed:
                 raise
+
+    @staticmethod
+    async def _delete_one(transaction: Transaction, conversation_id: str, message_id: str) -> None:
+        """Delete a message that was uncounted already: both commit together."""
+        named = {"_id": f"{conversation_id}/{message_id}"}
+        result = await Message.find(named).delete(session=transaction.session)
+        if not result or not result.deleted_count:
+            raise _no_message(message_id)
+
+    @_in_one_call
+    async def pop_message(self, conversation_id: str, user_id: str | None = None) -> Json | None:
+        """Delete the newest message and return it, or None where there is none: no two callers get one.
+
+        Not to be repeated when its answer is lost, for it would delete another. Raises ConversationNotFound.
+        """
+        popped: list[Json] = []
+
+        async def pop(transaction: Transaction) -> Json:
+            if transaction.may_have_committed and popped:
+                before = popped[-1]
+                if await self._message(conversation_id, before["id"]) is None:
+                    return before  # popped by ourselves, the answer to which was lost
+            conversation = await self._lock(transaction, _owned(conversation_id, user_id), _ONE_LESS)
+            span = Span(conversation_id, 0, conversation.last_seq)
+            found = await self._read_windows(span, 1, backwards=True, transaction=transaction)
+            if not found:
+                raise MessageNotFound("There are none.")
+            popped.append(_public(found[0]))
+            await self._delete_one(transaction, conversation_id, popped[-1]["id"])
+            return popped[-1]
+
+        try:
+            return await self._write(conversation_id, pop)
+        except MessageNotFound:
+            return None
 
     async def delete_messages(
         self, conversation_id: str, user_id: str | None = None, *, after: int = 0
@@ -801,6 +902,7 @@ class ChatService:
 
 _ASC = [("seq", ASCENDING)]
 _DESC = [("seq", DESCENDING)]
+_ONE_LESS = {"$inc": {"message_count": -1}}
 _LATEST_FIRST = [("updated_at", DESCENDING), ("_id", ASCENDING)]
 _BY_TIME = [("created_at", ASCENDING), ("seq", ASCENDING)]
 
@@ -825,19 +927,26 @@ def time_query(conversation_id: str, begin: datetime, end: datetime) -> Json:
     return {"conversation_id": conversation_id, "created_at": {"$gte": begin, "$lte": end}}
 
 
-def message_ids(messages: Sequence[Mapping[str, Any]], key: str | None) -> tuple[list[str], str | None]:
+def message_ids(messages: Sequence[Mapping[str, Any]], naming: Naming) -> tuple[list[str], str | None]:
     """Name every message: by its own id, or by the key, or by the batch's first own id, or at random.
 
     So a batch in which any message has an id of its own is as repeatable as one that has a key. With a
-    key, the second result is the id that a longer batch would have had next, to tell the two apart.
+    key, the second result is how the id would end that a longer batch had next, to tell the two apart.
     """
     first_own = next((message["id"] for message in messages if "id" in message), None)
-    if key is not None:
-        stem = f"idem_{_digest(key)}"
+    known = naming.key or first_own
+    stem = _digest(known) if known else secrets.token_hex(16)
+    if naming.prefixes is None:
+        prefixes: Sequence[str] = ["idem" if naming.key else "msg"] * len(messages)
+        ends = [f"{stem}.{index}" for index in range(len(messages) + 1)]
     else:
-        stem = f"msg_{_digest(first_own) if first_own else secrets.token_hex(16)}"
-    ids = [message.get("id", f"{stem}.{index}") for index, message in enumerate(messages)]
-    return ids, f"{stem}.{len(ids)}" if key is not None else None
+        prefixes = naming.prefixes
+        ends = [f"{stem}{index:04x}" for index in range(len(messages) + 1)]
+    ids = [
+        message.get("id", f"{prefix}_{end}")
+        for message, prefix, end in zip(messages, prefixes, ends, strict=False)
+    ]
+    return ids, ends[-1] if naming.key else None
 
 
 def _digest(text: str) -> str:
@@ -852,7 +961,7 @@ def _refuse_repeated(ids: Sequence[str], places: Sequence[Path]) -> None:
         seen.add(message_id)
 
 
-def _faults(message: Any, at: Path, key: str | None) -> list[Fault]:
+def _faults(message: Any, at: Path, key_alone: bool) -> list[Fault]:
     """Return what is wrong with a message's own fields; what BSON cannot hold is `payloads`' matter."""
     if not isinstance(message, dict):
         return [Fault(payloads.json_path(at), "must be an object")]
@@ -863,7 +972,7 @@ def _faults(message: Any, at: Path, key: str | None) -> list[Fault]:
         for name in OWNED_FIELDS
         if name in message
     ]
-    if key is not None and "id" in message:
+    if key_alone and "id" in message:
         why = "ids make a request repeatable by themselves; send them or an Idempotency-Key, not both"
         faults.append(Fault(payloads.json_path((*at, "id")), why))
     if "id" in message and not is_id(message["id"]):
@@ -922,6 +1031,10 @@ def _invalid(path: Path, why: str) -> InvalidRequest:
 
 def _no_conversation(conversation_id: str) -> ConversationNotFound:
     return ConversationNotFound(f"No conversation {conversation_id}.")
+
+
+def _no_message(message_id: str) -> MessageNotFound:
+    return MessageNotFound(f"No message {message_id} in this conversation.")
 
 
 def _owned(conversation_id: str, user_id: str | None) -> Json:

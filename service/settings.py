@@ -74,6 +74,12 @@ class Settings(BaseSettings):
         10_000, ge=100, description="How long requests in flight may take once we are told to stop."
     )
 
+    default_user_id: str = Field(
+        "default",
+        pattern=r"^[A-Za-z0-9._:@~-]{1,128}$",
+        description="The owner of what is created through `/v1` without naming one.",
+    )
+
     body_bytes_max: int = Field(32 * 1024 * 1024, ge=1024, description="The largest request body.")
     page_items_default: int = Field(50, ge=1, le=1_000, description="Items of a page when none is asked for.")
     page_items_max: int = Field(1_000, ge=1, le=1_000, description="The most items of one page.")

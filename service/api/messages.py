@@ -192,3 +192,18 @@ async def delete_message(
     """Delete one message."""
     await chat.delete_message(conversation_id, message_id, owner.user_id)
     return Response(status_code=204)
+
+
+pop_router = APIRouter(tags=["messages"])
+
+
+@pop_router.post(
+    "/conversations/{conversation_id}/pop",
+    response_model=MessageOut,
+    openapi_extra=OWNER,
+    responses={204: {"description": "There is no message."}, **answers(errors.ConversationNotFound)},
+)
+async def pop(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
+    """Delete the newest message and return it. Not to be repeated: it would delete another."""
+    message = await chat.pop_message(conversation_id, owner.user_id)
+    return Response(status_code=204) if message is None else json_response(message)

@@ -34,18 +34,24 @@ async def _chat(request: Request) -> ChatService:
     return service
 
 
-def query(model: type[M]) -> Any:
-    """Depend on the query as this model. A parameter that is unknown, or given twice, is refused."""
-    return Depends(_reader(model))
+def query(model: type[M], ignored: frozenset[str] = frozenset()) -> Any:
+    """Depend on the query as this model. A parameter that is unknown, or given twice, is refused.
+
+    Those that are `ignored` may be given, as often as they like.
+    """
+    return Depends(_reader(model, ignored))
 
 
-def _reader(model: type[M]) -> Callable[[Request], Coroutine[Any, Any, M]]:
+def _reader(model: type[M], ignored: frozenset[str]) -> Callable[[Request], Coroutine[Any, Any, M]]:
     async def read(request: Request) -> M:
         given = request.query_params
         if len(given) != len(given.multi_items()):
-            raise _repeated("query", {name for name in given if len(given.getlist(name)) > 1})
+            repeated = {name for name in given if len(given.getlist(name)) > 1} - ignored
+            if repeated:
+                raise _repeated("query", repeated)
+        asked = {name: value for name, value in given.items() if name not in ignored}
         try:
-            return model.model_validate(dict(given))
+            return model.model_validate(asked)
         except ValidationError as error:
             raise _refused("query", error) from error
 

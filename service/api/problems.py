@@ -1,4 +1,4 @@
-"""Errors to problem documents (RFC 9457), all of them through one envelope."""
+"""Errors to problem documents (RFC 9457), or to OpenAI's errors below `/v1`, all through one envelope."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from service import errors
 from service.errors import ChatHistoryError, Fault
 from service.payloads import json_path
 
 MEDIA_TYPE = "application/problem+json"
+# What lies below it answers errors in OpenAI's shape.
+OPENAI_PATH = "/v1/"
 
 
 class FaultSchema(BaseModel):
@@ -37,23 +40,53 @@ class Problem(BaseModel):
     errors: list[FaultSchema] | None = None
 
 
+class OpenAIFault(BaseModel):
+    """What went wrong, in OpenAI's terms; `param` is the place in the request."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    """An error as OpenAI's clients read it."""
+
+    error: OpenAIFault
+
+
+_ALWAYS: tuple[type[ChatHistoryError], ...] = (
+    errors.InvalidRequest,
+    ChatHistoryError,
+    errors.DatabaseUnavailable,
+)
+
+
 def answers(*problems: type[ChatHistoryError]) -> dict[int | str, dict[str, Any]]:
     """Declare for OpenAPI which of our errors a route can answer with; 422, 500 and 503 always."""
-    always: list[type[ChatHistoryError]] = [
-        errors.InvalidRequest,
-        ChatHistoryError,
-        errors.DatabaseUnavailable,
-    ]
     titles: dict[int, list[str]] = {}
-    for problem in (*problems, *always):
+    for problem in (*problems, *_ALWAYS):
         titles.setdefault(problem.status, []).append(problem.title)
-    return {status: _declared(status, " / ".join(said)) for status, said in titles.items()}
+    return {
+        status: _declared(status, " / ".join(said), MEDIA_TYPE, "Problem") for status, said in titles.items()
+    }
 
 
-def _declared(status: int, description: str) -> dict[str, Any]:
+def openai_answers(*problems: type[ChatHistoryError]) -> dict[int | str, dict[str, Any]]:
+    """Declare the same for a route that answers in OpenAI's shape."""
+    titles: dict[int, list[str]] = {}
+    for problem in (*problems, *_ALWAYS):
+        titles.setdefault(_openai_status(problem), []).append(problem.title)
+    return {
+        status: _declared(status, " / ".join(said), "application/json", "OpenAIError")
+        for status, said in titles.items()
+    }
+
+
+def _declared(status: int, description: str, media_type: str, schema: str) -> dict[str, Any]:
     declared: dict[str, Any] = {
         "description": description,
-        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        "content": {media_type: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
         "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
     }
     if status == errors.DatabaseUnavailable.status:
@@ -64,8 +97,15 @@ def _declared(status: int, description: str) -> dict[str, Any]:
     return declared
 
 
+def respond(error: ChatHistoryError, scope: Scope, retry_after_s: int = 1) -> Response:
+    """Shape one of our errors as the caller of this path expects it."""
+    if scope["path"].startswith(OPENAI_PATH):
+        return _openai_error(error, retry_after_s)
+    return problem(error, retry_after_s)
+
+
 def problem(error: ChatHistoryError, retry_after_s: int = 1) -> Response:
-    """Shape one of our errors as a response."""
+    """Shape one of our errors as a problem document."""
     body: dict[str, Any] = {
         "type": f"urn:chat-history:problem:{error.slug()}",
         "title": error.title,
@@ -74,8 +114,36 @@ def problem(error: ChatHistoryError, retry_after_s: int = 1) -> Response:
     }
     if error.faults:
         body["errors"] = [{"path": each.path, "message": each.message} for each in error.faults]
-    headers = {"Retry-After": str(retry_after_s)} if error.status == 503 else {}
-    return Response(_dumps(body), error.status, headers, MEDIA_TYPE)
+    return Response(_dumps(body), error.status, _retry_after(error, retry_after_s), MEDIA_TYPE)
+
+
+def _retry_after(error: ChatHistoryError, retry_after_s: int) -> dict[str, str]:
+    return {"Retry-After": str(retry_after_s)} if error.status == 503 else {}
+
+
+def _openai_status(error: ChatHistoryError | type[ChatHistoryError]) -> int:
+    return 400 if error.status == 422 else error.status
+
+
+def _openai_error(error: ChatHistoryError, retry_after_s: int) -> Response:
+    """Shape one of our errors as OpenAI does, and tell its client not to repeat what stays a conflict."""
+    body = {
+        "message": error.detail or error.title,
+        "type": "server_error" if error.status >= 500 else "invalid_request_error",
+        "param": _param(error.faults[0].path) if error.faults else None,
+        "code": error.slug().replace("-", "_"),
+    }
+    headers = _retry_after(error, retry_after_s)
+    if error.status == 409:
+        headers["x-should-retry"] = "false"
+    return Response(_dumps({"error": body}), _openai_status(error), headers, "application/json")
+
+
+def _param(path: str) -> str:
+    """Name a place as OpenAI does: `items[0].role`, `limit`."""
+    for start in ("$.", "query.", "path.", "header."):
+        path = path.removeprefix(start)
+    return path
 
 
 def _dumps(body: dict[str, Any]) -> bytes:
@@ -102,18 +170,18 @@ def install(app: FastAPI, retry_after_s: int) -> None:
     @app.exception_handler(ChatHistoryError)
     async def ours(request: Request, error: ChatHistoryError) -> Response:
         request.state.problem = error.slug()
-        return problem(error, retry_after_s)
+        return respond(error, request.scope, retry_after_s)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         faults = [Fault(_place(each["loc"]), each["msg"]) for each in error.errors()]
         summary = "; ".join(f"{each.path}: {each.message}" for each in faults[:3])
         request.state.problem = errors.InvalidRequest.slug()
-        return problem(errors.InvalidRequest(summary, faults))
+        return respond(errors.InvalidRequest(summary, faults), request.scope)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        response = problem(_of_status(error.status_code, str(error.detail)))
+        response = respond(_of_status(error.status_code, str(error.detail)), request.scope)
         response.headers.update(error.headers or {})
         if error.status_code == 405:
             # The framework names the methods of the first route of this path only.

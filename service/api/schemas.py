@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 from starlette.responses import Response
 
 from service.chat_service import ConversationList, History, ListPosition
@@ -26,14 +26,15 @@ def _plain_digits(value: Any) -> Any:
     return value
 
 
-def _digits(bounded: Any) -> BeforeValidator:
+def digits(bounded: Any) -> BeforeValidator:
     """Read a query parameter as digits only; its schema stays that of the bounded integer."""
     return BeforeValidator(_plain_digits, json_schema_input_type=bounded)
 
 
 _Items = Annotated[int, Field(ge=1, le=1_000)]
-PageItems = Annotated[_Items, _digits(_Items)]
-SeqParameter = Annotated[Seq, _digits(Seq)]
+ID_SCHEMA = TypeAdapter(Id).json_schema()
+PageItems = Annotated[_Items, digits(_Items)]
+SeqParameter = Annotated[Seq, digits(Seq)]
 
 
 class _Closed(BaseModel):

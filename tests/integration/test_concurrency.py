@@ -130,6 +130,25 @@ async def test_an_append_and_a_deletion_leave_no_orphan(service: Service, second
         assert messages.count_documents({"conversation_id": {"$in": conversations}}) == 0
 
 
+async def test_no_two_that_pop_get_the_same_message(service: Service, second_service: Service) -> None:
+    conversation = new_id()
+    async with service.async_client() as one, second_service.async_client() as two:
+        await one.post("/conversations", json={"user_id": "ada", "id": conversation})
+        path = f"/conversations/{conversation}"
+        batch = [{"role": "user", "content": f"{n}"} for n in range(30)]
+        await one.post(f"{path}/messages", json={"messages": batch})
+        popped: list[str] = []
+
+        async def pop(client: httpx.AsyncClient) -> None:
+            while (response := await client.post(f"{path}/pop")).status_code != 204:
+                assert response.status_code in {200, 503}, response.text
+                if response.status_code == 200:
+                    popped.append(response.json()["content"])
+
+        await asyncio.gather(*(pop(client) for client in (one, two) for _ in range(3)))
+    assert sorted(popped, key=int) == [f"{n}" for n in range(30)]
+
+
 async def test_an_append_and_a_cut_off_agree_on_the_count(service: Service, second_service: Service) -> None:
     async with service.async_client() as one, second_service.async_client() as two:
         for _ in range(10):

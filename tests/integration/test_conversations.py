@@ -63,6 +63,7 @@ def test_a_conversation_that_is_not_yours_looks_like_none_at_all(
         ("GET", "/messages", {"headers": {"accept": "application/x-ndjson"}}),
         ("POST", "/messages", {"json": {"role": "user", "content": "x"}}),
         ("GET", f"/messages/{message['id']}", {}),
+        ("POST", "/pop", {}),
         ("DELETE", f"/messages/{message['id']}", {}),
         ("DELETE", "/messages", {}),
         ("DELETE", "", {}),

@@ -101,6 +101,45 @@ def test_a_commit_whose_outcome_nobody_knows_is_resolved_without_a_key_too(
         assert client.get(f"/conversations/{conversation}").json()["message_count"] == len(stored)
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["before_the_request", "before_the_answer"])
+def test_a_pop_whose_commit_was_lost_takes_one_message_and_no_second(
+    behind: Service, database_proxy: Proxy, before: bool
+) -> None:
+    with behind.client() as client:
+        conversation = create(client, new_id())
+        stored = append(client, conversation, *({"role": "user", "content": f"{n}"} for n in range(5)))
+        cut = database_proxy.cut(b"\x10commitTransaction\0", before=before, times=2)
+        response = client.post(f"/conversations/{conversation}/pop")
+        assert cut.done == 2
+        assert response.status_code in {200, 503}
+        left = whole_history(client, conversation)
+        if response.status_code == 200:
+            assert response.json() == stored[-1]
+            assert left == stored[:-1]
+        assert len(left) >= 4
+        assert client.get(f"/conversations/{conversation}").json()["message_count"] == len(left)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before_the_request", "before_the_answer"])
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda each: each[1:-1].decode())
+def test_a_conversation_is_started_with_all_its_items_once_or_not_at_all(
+    behind: Service, database_proxy: Proxy, command: bytes, before: bool
+) -> None:
+    user = {"X-User-Id": new_id("user")}
+    body = {"items": [{"role": "user", "content": f"{n}"} for n in range(3)]}
+    with behind.client(headers=user) as client:
+        cut = database_proxy.cut(command, before=before)
+        for _ in range(30):
+            made = client.post("/v1/conversations", json=body, headers={"Idempotency-Key": "k"})
+            if made.status_code != 503:
+                break
+            time.sleep(0.1)
+        assert made.status_code == 200, made.text
+        assert cut.done == 1
+        assert [each["id"] for each in client.get("/v1/conversations").json()["data"]] == [made.json()["id"]]
+        assert len(client.get(f"/v1/conversations/{made.json()['id']}/items").json()["data"]) == 3
+
+
 async def test_cuts_now_and_then_on_both_sides_leave_each_message_exactly_once(
     behind: Service, database_proxy: Proxy
 ) -> None:

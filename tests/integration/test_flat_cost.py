@@ -228,16 +228,29 @@ async def test_an_append_is_four_round_trips_all_of_them_in_its_transaction(coun
         assert commands.sent[-1]["writeConcern"] == {"w": "majority", "j": True}
 
 
+async def test_a_pop_is_five_round_trips_all_of_them_in_its_transaction(counted: Any) -> None:
+    chat, commands, _ = counted
+    conversation, _ = await chat.get_or_create_conversation("ada", new_id())
+    await chat.add_messages(conversation.id, [{"role": "user"}] * 3)
+    commands.sent.clear()
+    await chat.pop_message(conversation.id)
+    sent = [next(iter(each)) for each in commands.sent]
+    assert sent == ["update", "find", "find", "delete", "commitTransaction"]
+    assert len({each["txnNumber"] for each in commands.sent}) == 1
+
+
 async def test_every_write_is_part_of_a_transaction(counted: Any) -> None:
     chat, commands, _ = counted
     conversation, _ = await chat.get_or_create_conversation("ada", new_id())
     stored = await chat.add_messages(conversation.id, [{"role": "user"}] * 5)
     await chat.update_conversation(conversation.id, title="x")
     await chat.delete_message(conversation.id, stored.messages[0]["id"])
+    await chat.pop_message(conversation.id)
+    await chat.start_conversation("ada", [{"role": "user"}])
     await chat.delete_messages(conversation.id, after=3)
     await chat.delete_conversation(conversation.id)
     writes = [each for each in commands.sent if next(iter(each)) in {"insert", "update", "delete"}]
-    assert len(writes) == 12
+    assert len(writes) == 17
     assert all(each["autocommit"] is False for each in writes)
 
 

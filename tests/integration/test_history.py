@@ -203,6 +203,20 @@ def test_one_message_is_read_and_deleted(client: httpx.Client, conversation: str
     assert (about["message_count"], about["last_seq"]) == (2, 3)
 
 
+def test_popping_takes_the_newest_and_says_when_there_is_none(
+    client: httpx.Client, conversation: str
+) -> None:
+    stored = append(client, conversation, *({"role": "user", "content": str(n)} for n in range(4)))
+    path = f"/conversations/{conversation}"
+    assert client.delete(f"{path}/messages/{stored[3]['id']}").status_code == 204
+    assert [client.post(f"{path}/pop").json() for _ in range(3)] == [stored[2], stored[1], stored[0]]
+    nothing = client.post(f"{path}/pop")
+    assert (nothing.status_code, nothing.content) == (204, b"")
+    about = client.get(path).json()
+    assert (about["message_count"], about["last_seq"]) == (0, 4)
+    assert append(client, conversation, {"role": "user", "content": "next"})[0]["seq"] == 5
+
+
 def test_a_page_of_large_messages_ends_early_and_says_so(client: httpx.Client, conversation: str) -> None:
     for _ in range(5):
         append(client, conversation, {"role": "user", "content": "x" * 12_000_000})

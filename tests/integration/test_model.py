@@ -135,6 +135,17 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
                 self.touch(conversation)
 
         @rule(number=numbers)
+        def pop(self, number: int) -> None:
+            conversation = self.ids[number]
+            response = client.post(f"/conversations/{conversation}/pop")
+            talk = self.talks.get(conversation)
+            if talk is None or not talk.messages:
+                assert response.status_code == (404 if talk is None else 204)
+                return
+            assert response.json() == talk.messages.pop(max(talk.messages))
+            self.touch(conversation)
+
+        @rule(number=numbers)
         def delete(self, number: int) -> None:
             conversation = self.ids[number]
             response = client.delete(f"/conversations/{conversation}")

@@ -33,6 +33,9 @@ def map_case(_: HookContext, case: Case) -> Case:
             # Ids do not go with a key, and stand once in a batch.
             if isinstance(message, dict) and ("Idempotency-Key" in headers or message is not body):
                 message.pop("id", None)
+        for item in _list(body.get("items"))[1:]:
+            if isinstance(item, dict):
+                item.pop("id", None)  # it stands once in a request
     case.body = _storable(body)
     return case
 

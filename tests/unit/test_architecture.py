@@ -11,6 +11,7 @@ LAYERS = {
     "settings": set(),
     "payloads": {"errors", "settings"},
     "documents": set(),
+    "openai_items": {"documents"},
     "database": {"documents", "errors", "payloads", "settings"},
     "chat_service": {"database", "documents", "errors", "payloads", "settings"},
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.chat_service import ChatService, message_ids
+from service.chat_service import ChatService, Naming, message_ids
 from service.database import Transaction
 from service.errors import (
     ConversationIdTaken,
@@ -133,15 +133,15 @@ async def test_ids_of_that_form_are_taken(chat: ChatService, good: str) -> None:
 
 def test_message_ids_come_from_the_key_or_an_own_id_or_chance() -> None:
     messages: list[dict[str, Any]] = [{"role": "user"}, {"role": "user"}]
-    keyed, follower = message_ids(messages, "k")
-    assert message_ids(messages, "k") == (keyed, follower)
-    assert message_ids(messages[:1], "k")[1] == keyed[1]
-    assert message_ids([*messages, *messages], "k")[0][2] == follower
-    assert message_ids(messages, "other")[0] != keyed
+    keyed, follower = message_ids(messages, Naming("k"))
+    assert message_ids(messages, Naming("k")) == (keyed, follower)
+    assert f"idem_{message_ids(messages[:1], Naming('k'))[1]}" == keyed[1]
+    assert message_ids([*messages, *messages], Naming("k"))[0][2] == f"idem_{follower}"
+    assert message_ids(messages, Naming("other"))[0] != keyed
     named = [{"role": "user"}, {"role": "user", "id": "mine"}]
-    assert message_ids(named, None) == message_ids(named, None)
-    assert message_ids(named, None)[0][1] == "mine"
-    assert message_ids(messages, None) != message_ids(messages, None)
+    assert message_ids(named, Naming()) == message_ids(named, Naming())
+    assert message_ids(named, Naming())[0][1] == "mine"
+    assert message_ids(messages, Naming()) != message_ids(messages, Naming())
     assert all(re.fullmatch(r"[A-Za-z0-9._:@~-]{1,128}", each) for each in keyed)
     # A caller may name a message like a key; the two do not meet.
-    assert message_ids([{"id": "k"}, {}], None)[0][1] != keyed[1]
+    assert message_ids([{"id": "k"}, {}], Naming())[0][1] != keyed[1]
