@@ -9,7 +9,7 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3; do \
 	&& { echo $$each; break; }; done)
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help run test bench check format lint types constraints clean
+.PHONY: help run test bench compat check format lint types constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -23,6 +23,9 @@ test: .venv/.dev ## lint, types and all tests
 
 bench: .venv/.bench ## measure against the floor and against others, in less than ten minutes
 	$(BIN)/python -m benchmarks $(BENCH)
+
+compat: .venv/.dev ## run the tests of openai and of its Agents SDK, fetched now, against the service
+	$(BIN)/python -m compat
 
 check: lint types ## lint and types only
 
@@ -45,7 +48,7 @@ constraints: .venv/.dev ## compile constraints.txt anew from pyproject.toml
 		--upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file benchmarks/others.txt
 
 clean: ## remove what make made (not ./data)
-	rm -rf .venv .venv-others .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-others .compat .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.base: constraints.txt

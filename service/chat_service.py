@@ -49,7 +49,6 @@ from service.documents import (
     Id,
     Message,
     MessageFields,
-    Role,
     Title,
 )
 from service.errors import (
@@ -62,6 +61,7 @@ from service.errors import (
     MessageNotFound,
 )
 from service.payloads import Path
+from service.roles import Role
 from service.settings import DELETE_BATCH_ITEMS, WINDOW_SEQS_MAX, Settings
 
 Json = dict[str, Any]

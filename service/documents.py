@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from beanie import Document
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
-Role = Literal["user", "assistant", "tool", "system", "developer"]
+from service.roles import Role
 
 
 def _not_a_path_step(value: str) -> str:

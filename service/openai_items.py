@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
-from service.documents import Role
+from service.roles import ROLES
 
 Json = dict[str, Any]
 
 ITEM = "openai_item"
-ROLES: frozenset[str] = frozenset(get_args(Role))
 
 _ID_PREFIXES = {
     "message": "msg",
@@ -106,8 +105,8 @@ def _text_part(text: str, role: Any) -> Json:
 # -- an item as a message --------------------------------------------------------------------------
 
 
-def message_of(item: Json) -> Json:
-    """Return the message that an item is stored as; the item's `id` is not part of it."""
+def message_of(item: Json, *, keep_id: bool = False) -> Json:
+    """Return the message that an item is stored as; the item's `id` is left out, or kept in `openai_item`."""
     native = _native(item)
     if kind(item) == "message" and item["role"] in ROLES:
         held: tuple[str, ...] = ("role", "content")
@@ -117,7 +116,7 @@ def message_of(item: Json) -> Json:
         held = ("call_id", "output")
     else:
         held = ("content",) if kind(item) == "message" else ()
-    rest = {name: None if name in held else value for name, value in item.items() if name != "id"}
+    rest = {name: None if name in held else value for name, value in item.items() if keep_id or name != "id"}
     return {**native, ITEM: rest}
 
 
@@ -142,13 +141,13 @@ def original(message: Json) -> Json | None:
     A message that only looks like one, being written natively, is read as far as it makes sense.
     """
     rest = message.get(ITEM)
-    if not isinstance(rest, dict) or not isinstance(kind(rest), str):
+    if not isinstance(rest, dict):
         return None
     natives = _natives(kind(rest), message)
     return {name: natives.get(name) if value is None else value for name, value in rest.items()}
 
 
-def _natives(item_kind: str, message: Json) -> Json:
+def _natives(item_kind: Any, message: Json) -> Json:
     """Return what the native fields hold of an item of this type."""
     if item_kind == "message":
         return {"role": message.get("role"), "content": message.get("content")}
@@ -167,8 +166,8 @@ def _natives(item_kind: str, message: Json) -> Json:
 
 def items_of(message: Json) -> list[Json]:
     """Return a stored message as items, in order, ids included; there is at least one."""
-    item = original(message)
-    read = [completed(item)] if item is not None else list(_read(message))
+    item = original(message) or {}
+    read = [completed(item)] if isinstance(kind(item), str) else list(_read(message))
     ids = (message["id"], *(f"{message['id']},{place}" for place in range(1, len(read))))
     return [{"id": each_id, **_without_id(each)} for each_id, each in zip(ids, read, strict=True)]
 

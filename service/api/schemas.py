@@ -13,8 +13,9 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 from starlette.responses import Response
 
 from service.chat_service import ConversationList, History, ListPosition
-from service.documents import Conversation, Id, MessageFields, Role, Seq, Title
+from service.documents import Conversation, Id, MessageFields, Seq, Title
 from service.errors import Fault, InvalidRequest
+from service.roles import Role
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 SERVICE = Path(__file__).parents[2] / "service"
@@ -10,10 +12,11 @@ LAYERS = {
     "errors": set(),
     "settings": set(),
     "payloads": {"errors", "settings"},
-    "documents": set(),
-    "openai_items": {"documents"},
+    "documents": {"roles"},
+    "roles": set(),
+    "openai_items": {"roles"},
     "database": {"documents", "errors", "payloads", "settings"},
-    "chat_service": {"database", "documents", "errors", "payloads", "settings"},
+    "chat_service": {"database", "documents", "errors", "payloads", "roles", "settings"},
 }
 
 
@@ -60,3 +63,15 @@ def test_the_engine_is_used_as_a_separate_program_and_never_imported() -> None:
 def test_the_guard_needs_the_standard_library_only() -> None:
     known = {"__future__", "ctypes", "os", "signal", "subprocess", "sys", "threading"}
     assert imports(SERVICE / "embedded_guard.py") == known
+
+
+def test_the_service_needs_none_of_the_clients_and_they_need_little_of_the_service() -> None:
+    for path in SERVICE.rglob("*.py"):
+        own = {each for each in imports(path) if each.startswith("service")}
+        if path.parent.name == "clients":
+            assert own <= {"service.openai_items", "service.clients.http"}, path
+        else:
+            assert not any(each.startswith("service.clients") for each in own), path
+    heavy = "{'beanie', 'motor', 'pymongo', 'fastapi', 'uvicorn'}"
+    code = f"import sys, service.clients, service.openai_items; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
