@@ -26,6 +26,7 @@ random. That is what makes every repetition safe, our own included: the id is al
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import hashlib
 import secrets
@@ -62,6 +63,7 @@ from service.errors import (
 )
 from service.payloads import Path
 from service.roles import Role
+from service.scopes import Key, Owner, Scope, message_key, own_id
 from service.settings import DELETE_BATCH_ITEMS, WINDOW_SEQS_MAX, Settings
 
 Json = dict[str, Any]
@@ -113,14 +115,14 @@ class History:
 class Span:
     """What part of a history is meant: `low` < seq <= `high`, of one role or of all."""
 
-    conversation_id: str
+    key: Key
     low: int
     high: int
     role: Role | None = None
 
     def query(self) -> Json:
         """Say it as a filter that one index serves, bounded on both sides."""
-        query: Json = {"conversation_id": self.conversation_id}
+        query: Json = {"conversation_id": self.key}
         if self.role is not None:
             query["role"] = self.role
         query["seq"] = {"$gt": self.low, "$lte": self.high}
@@ -128,7 +130,7 @@ class Span:
 
     def between(self, low: int, high: int) -> Span:
         """Return the part of it that lies in `low` < seq <= `high`."""
-        return Span(self.conversation_id, max(low, self.low), min(high, self.high), self.role)
+        return Span(self.key, max(low, self.low), min(high, self.high), self.role)
 
     def beyond(self, seq: int, backwards: bool) -> Span:
         """Return the part of it that is left to read after this seq."""
@@ -227,7 +229,14 @@ class ChatService:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
-        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
+        self._scope = Scope()
+
+    def of(self, scope: Scope) -> ChatService:
+        """Return this service as one tenant's, or one user's: nothing else exists in it."""
+        narrowed = copy.copy(self)
+        narrowed._scope = scope  # noqa: SLF001  (its own)
+        return narrowed
 
     # -- conversations -----------------------------------------------------------------------------
 
@@ -252,15 +261,16 @@ class ChatService:
             _validate(_ID, conversation_id, "id")
         wanted = self._new_conversation(conversation_id, user_id, title, metadata)
         existing = await self._existing(wanted) if conversation_id is not None else None
-        return (existing, False) if existing else await self._create(wanted)
+        found, created = (existing, False) if existing else await self._create(wanted)
+        return _shown(found), created
 
     def _new_conversation(
         self, conversation_id: str | None, user_id: str, title: str | None, metadata: Json | None
     ) -> Conversation:
         now = _now()
         return Conversation(
-            id=conversation_id or f"conv_{secrets.token_hex(12)}",
-            user_id=user_id,
+            id=self._scope.key(conversation_id or f"conv_{secrets.token_hex(12)}"),
+            user_id=self._scope.owner_of(user_id),
             title=title,
             **self._metadata_fields(metadata),
             created_at=now,
@@ -283,11 +293,11 @@ class ChatService:
         if found is None:
             return None
         if found.user_id == NOBODY:
-            await self.finish_deletion(wanted.id)
+            await self.finish_deletion(Key(wanted.id))
             return None
         if found.user_id != wanted.user_id:
-            raise ConversationIdTaken(f"The id {wanted.id} is not free; choose another.")
-        return _exactly(found)
+            raise ConversationIdTaken(f"The id {own_id(wanted.id)} is not free; choose another.")
+        return found
 
     async def _create(self, wanted: Conversation) -> tuple[Conversation, bool]:
         async def insert(transaction: Transaction) -> None:
@@ -322,35 +332,38 @@ class ChatService:
         """
         self._database.require_room()
         _validate(_ID, user_id, "user_id")
-        key = f"conv_{_digest(f'{user_id}/{idempotency_key}')}" if idempotency_key is not None else None
-        wanted = self._new_conversation(key, user_id, None, metadata)
+        user_id = self._scope.user_id or user_id
+        by_key = f"conv_{_digest(f'{user_id}/{idempotency_key}')}" if idempotency_key is not None else None
+        wanted = self._new_conversation(by_key, user_id, None, metadata)
         batch = None
         if messages:
             naming = Naming(idempotency_key, prefixes)
             batch = self._incoming(messages, self._places(messages, field), naming)
-        return await self._start(wanted, batch)
+        return _shown(await self._start(wanted, batch))
 
     async def _start(self, wanted: Conversation, batch: _Batch | None) -> Conversation:
+        key, owner = Key(wanted.id), Owner(wanted.user_id)
+
         async def insert(transaction: Transaction) -> Conversation:
             await wanted.insert(session=transaction.session)
             if batch is not None:
-                await self._store(_owned(wanted.id, wanted.user_id), batch, transaction)
+                await self._store(_owned(key, owner), batch, transaction)
             return wanted
 
         try:
-            return await self._write(wanted.id, insert)
+            return await self._write(key, insert)
         except DuplicateKeyError:
             existing = await self._existing(wanted)
             if existing is None:
                 return await self._start(wanted, batch)
             if batch is not None:
-                await self._stored_before(existing.id, existing.user_id, batch)
+                await self._stored_before(key, owner, batch)
             return existing
 
     @_in_one_call
     async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:
         """Return the conversation. Raises ConversationNotFound."""
-        return await self._conversation(conversation_id, user_id)
+        return _shown(await self._conversation(*self._named(conversation_id, user_id)))
 
     @_in_one_call
     async def update_conversation(
@@ -371,13 +384,14 @@ class ChatService:
             changes["title"] = _validate(_TITLE, title, "title")
         if metadata is not UNSET:
             changes |= self._metadata_fields(metadata)
+        key, owner = self._named(conversation_id, user_id)
         if not changes:
-            return await self._conversation(conversation_id, user_id)
+            return _shown(await self._conversation(key, owner))
 
         async def update(transaction: Transaction) -> Conversation:
-            return await self._lock(transaction, _owned(conversation_id, user_id), {"$set": changes})
+            return await self._lock(transaction, _owned(key, owner), {"$set": changes})
 
-        return _exactly(await self._write(conversation_id, update))
+        return _shown(await self._write(key, update))
 
     @_in_one_call
     async def list_conversations(
@@ -385,21 +399,22 @@ class ChatService:
     ) -> ConversationList:
         """Return a page of the user's conversations, latest activity first, after a position."""
         limit = self._page_items(limit)
+        owner = self._scope.owner_of(user_id)
         found: list[Conversation] = []
         if after is not None:
             # Those of the very millisecond at which the page before ended come first, by their ids.
             same_time = {
-                "user_id": user_id,
+                "user_id": owner,
                 "updated_at": after.updated_at,
-                "_id": {"$gt": after.conversation_id},
+                "_id": {"$gt": self._scope.key(after.conversation_id)},
             }
             found = await self._listed(same_time, limit + 1)
         for begin, end in self._list_windows(after):
             if len(found) > limit:
                 break
-            query = list_query(user_id, begin, end)
+            query = list_query(owner, begin, end)
             found += await self._listed(query, limit + 1 - len(found))
-        return ConversationList([_exactly(each) for each in found[:limit]], len(found) > limit)
+        return ConversationList([_shown(each) for each in found[:limit]], len(found) > limit)
 
     async def _listed(self, query: Json, limit: int) -> list[Conversation]:
         found = await self._database.read(Conversation, query, sort=_LATEST_FIRST, limit=limit)
@@ -426,54 +441,55 @@ class ChatService:
         It is gone for everybody at once. A long one then loses its messages batch by batch; should we
         die in between, `finish_deletions` takes it up again.
         """
+        key, owner = self._named(conversation_id, user_id)
 
         async def begin(transaction: Transaction) -> bool:
             changes = {"$set": {"user_id": NOBODY}}
             try:
-                found = await self._lock(transaction, _owned(conversation_id, user_id), changes)
+                found = await self._lock(transaction, _owned(key, owner), changes)
             except ConversationNotFound:
                 if transaction.may_have_committed:
                     return True  # by ourselves, the answer to which was lost
                 raise
             if found.message_count <= DELETE_BATCH_ITEMS:
-                await self._remove(transaction, conversation_id)
+                await self._remove(transaction, key)
             return found.message_count <= DELETE_BATCH_ITEMS
 
         async with self._database.call():
-            gone = await self._write(conversation_id, begin)
+            gone = await self._write(key, begin)
         if not gone:
-            await self.finish_deletion(conversation_id)
+            await self.finish_deletion(key)
 
     @staticmethod
-    async def _remove(transaction: Transaction, conversation_id: str) -> None:
+    async def _remove(transaction: Transaction, key: Key) -> None:
         """Delete what is left: the messages and the conversation commit together, so none is orphaned."""
         # Beanie's `delete` forgets the session of its `find`: it must be told again, or it would
         # delete outside of the transaction.
         session = transaction.session
-        await Message.find({"conversation_id": conversation_id}).delete(session=session)
-        await Conversation.find_one({"_id": conversation_id}).delete(session=session)
+        await Message.find({"conversation_id": key}).delete(session=session)
+        await Conversation.find_one({"_id": key}).delete(session=session)
 
-    async def finish_deletion(self, conversation_id: str) -> None:
+    async def finish_deletion(self, key: Key) -> None:
         """Remove the messages of a conversation that is nobody's, newest first, and then itself."""
-        nobodys = {"_id": conversation_id, "user_id": NOBODY}
+        nobodys = {"_id": key, "user_id": NOBODY}
         async with self._database.call():
             found = await Conversation.find_one(nobodys)
         if found is None:
             return
-        await self._delete_span(Span(conversation_id, 0, found.last_seq), nobodys)
+        await self._delete_span(Span(key, 0, found.last_seq), nobodys)
 
         async def remove(transaction: Transaction) -> None:
-            await self._remove(transaction, conversation_id)
+            await self._remove(transaction, key)
 
         async with self._database.call():
-            await self._write(conversation_id, remove)
+            await self._write(key, remove)
 
     async def finish_deletions(self) -> int:
-        """Take up the deletions that a crash or an outage interrupted; return how many there were."""
+        """Take up the deletions that a crash or an outage interrupted, of all tenants; return how many."""
         async with self._database.call():
             found = await Conversation.find({"user_id": NOBODY}).to_list()
         for each in found:
-            await self.finish_deletion(each.id)
+            await self.finish_deletion(Key(each.id))
         return len(found)
 
     # -- appending ---------------------------------------------------------------------------------
@@ -528,15 +544,13 @@ class ChatService:
         self._database.require_room()
         async with self._database.call():
             batch = self._incoming(messages, places, naming)
+            key, owner = self._named(conversation_id, user_id)
             transaction = Transaction()
             try:
-                stored = await self._write(
-                    conversation_id,
-                    functools.partial(self._store, _owned(conversation_id, user_id), batch),
-                    transaction,
-                )
+                store = functools.partial(self._store, _owned(key, owner), batch)
+                stored = await self._write(key, store, transaction)
             except DuplicateKeyError:
-                stored = await self._stored_before(conversation_id, user_id, batch)
+                stored = await self._stored_before(key, owner, batch)
                 return Appended(stored, replayed=not transaction.may_have_committed)
             return Appended(stored, replayed=False)
 
@@ -573,14 +587,14 @@ class ChatService:
         await self._database.insert(Message, documents, transaction.session)
         return _all_public(documents)
 
-    async def _stored_before(self, conversation_id: str, user_id: str | None, batch: _Batch) -> list[Json]:
+    async def _stored_before(self, key: Key, owner: Owner | None, batch: _Batch) -> list[Json]:
         """Return what an earlier request stored under these ids, if it was this very request."""
-        conversation = await self._conversation(conversation_id, user_id)
-        first = await self._message(conversation.id, batch.messages[0].id)
+        await self._conversation(key, owner)
+        first = await self._message(key, batch.messages[0].id)
         if first is None:
             raise IdempotencyConflict("Some of these messages are stored already, and some are not.")
         low, count = first["seq"] - 1, len(batch.messages)
-        span = Span(conversation.id, low, low + count + 1)
+        span = Span(key, low, low + count + 1)
         found = _all_public(await self._database.read(Message, span.query(), sort=_ASC))
         stored = found[:count]
         if [each["id"] for each in stored] != batch.ids:
@@ -616,7 +630,7 @@ class ChatService:
         """
         count = self._page_items(limit if last is None else last, "limit" if last is None else "last")
         backwards = order == "desc" or last is not None
-        span = await self._span(await self._conversation(conversation_id, user_id), filters)
+        span = await self._span(await self._conversation(*self._named(conversation_id, user_id)), filters)
         found, cut = await self._read_page(span, count + 1, backwards)
         page = found[:count]
         edge = page[-1]["seq"] if page else None
@@ -640,7 +654,7 @@ class ChatService:
         empty; errors of the arguments come with it.
         """
         async with self._database.call():
-            span = await self._span(await self._conversation(conversation_id, user_id), filters)
+            span = await self._span(await self._conversation(*self._named(conversation_id, user_id)), filters)
         left = limit if limit is not None else span.high - span.low
         wanted = min(left, _FIRST_PART_ITEMS)
         while True:
@@ -656,14 +670,15 @@ class ChatService:
     @_in_one_call
     async def get_message(self, conversation_id: str, message_id: str, user_id: str | None = None) -> Json:
         """Return one message. Raises ConversationNotFound, MessageNotFound."""
-        await self._conversation(conversation_id, user_id)
-        found = await self._message(conversation_id, message_id)
+        key, owner = self._named(conversation_id, user_id)
+        await self._conversation(key, owner)
+        found = await self._message(key, message_id)
         if found is None:
             raise _no_message(message_id)
         return found
 
-    async def _message(self, conversation_id: str, message_id: str) -> Json | None:
-        found = await self._database.read(Message, {"_id": f"{conversation_id}/{message_id}"})
+    async def _message(self, key: Key, message_id: str) -> Json | None:
+        found = await self._database.read(Message, {"_id": message_key(key, message_id)})
         return _public(found[0]) if found else None
 
     async def _span(self, conversation: Conversation, filters: HistoryFilters) -> Span:
@@ -672,7 +687,7 @@ class ChatService:
         high = conversation.last_seq
         if (before := filters.get("before")) is not None:
             high = min(high, before - 1)
-        span = Span(conversation.id, low, max(low, high), filters.get("role"))
+        span = Span(Key(conversation.id), low, max(low, high), filters.get("role"))
         if (since := filters.get("since")) is not None:
             low = await self._last_seq_before(conversation, _whole_ms(since))
             span = span.between(low, span.high)
@@ -692,7 +707,7 @@ class ChatService:
         if newest is None:
             return conversation.last_seq
         found = await self._database.read(
-            Message, time_query(conversation.id, time, newest), sort=_BY_TIME, limit=1
+            Message, time_query(Key(conversation.id), time, newest), sort=_BY_TIME, limit=1
         )
         return _public(found[0])["seq"] - 1 if found else conversation.last_seq
 
@@ -705,7 +720,7 @@ class ChatService:
         low, high, newest = 0, conversation.last_seq, None
         while high - low > _HALVING_SEQS or newest is None:
             middle = low + (high - low) // 2
-            span = Span(conversation.id, middle, high)
+            span = Span(Key(conversation.id), middle, high)
             found_at = await self._read_windows(span, 1, backwards=False)
             if not found_at:
                 if middle == low:
@@ -771,22 +786,23 @@ class ChatService:
     @_in_one_call
     async def delete_message(self, conversation_id: str, message_id: str, user_id: str | None = None) -> None:
         """Delete one message; its seq stays empty. Raises ConversationNotFound, MessageNotFound."""
+        key, owner = self._named(conversation_id, user_id)
 
         async def delete(transaction: Transaction) -> None:
-            await self._lock(transaction, _owned(conversation_id, user_id), _ONE_LESS)
-            await self._delete_one(transaction, conversation_id, message_id)
+            await self._lock(transaction, _owned(key, owner), _ONE_LESS)
+            await self._delete_one(transaction, key, message_id)
 
         transaction = Transaction()
         try:
-            await self._write(conversation_id, delete, transaction)
+            await self._write(key, delete, transaction)
         except MessageNotFound:
             if not transaction.may_have_committed:
                 raise
 
     @staticmethod
-    async def _delete_one(transaction: Transaction, conversation_id: str, message_id: str) -> None:
+    async def _delete_one(transaction: Transaction, key: Key, message_id: str) -> None:
         """Delete a message that was uncounted already: both commit together."""
-        named = {"_id": f"{conversation_id}/{message_id}"}
+        named = {"_id": message_key(key, message_id)}
         result = await Message.find(named).delete(session=transaction.session)
         if not result or not result.deleted_count:
             raise _no_message(message_id)
@@ -797,24 +813,25 @@ class ChatService:
 
         Not to be repeated when its answer is lost, for it would delete another. Raises ConversationNotFound.
         """
+        key, owner = self._named(conversation_id, user_id)
         popped: list[Json] = []
 
         async def pop(transaction: Transaction) -> Json:
             if transaction.may_have_committed and popped:
                 before = popped[-1]
-                if await self._message(conversation_id, before["id"]) is None:
+                if await self._message(key, before["id"]) is None:
                     return before  # popped by ourselves, the answer to which was lost
-            conversation = await self._lock(transaction, _owned(conversation_id, user_id), _ONE_LESS)
-            span = Span(conversation_id, 0, conversation.last_seq)
+            conversation = await self._lock(transaction, _owned(key, owner), _ONE_LESS)
+            span = Span(key, 0, conversation.last_seq)
             found = await self._read_windows(span, 1, backwards=True, transaction=transaction)
             if not found:
                 raise MessageNotFound("There are none.")
             popped.append(_public(found[0]))
-            await self._delete_one(transaction, conversation_id, popped[-1]["id"])
+            await self._delete_one(transaction, key, popped[-1]["id"])
             return popped[-1]
 
         try:
-            return await self._write(conversation_id, pop)
+            return await self._write(key, pop)
         except MessageNotFound:
             return None
 
@@ -827,19 +844,18 @@ class ChatService:
         at every moment whole up to some message, also if we die in between. A message that is appended
         meanwhile stays.
         """
+        key, owner = self._named(conversation_id, user_id)
         async with self._database.call():
-            conversation = await self._conversation(conversation_id, user_id)
-        span = Span(conversation_id, min(after, conversation.last_seq), conversation.last_seq)
-        return await self._delete_span(span, _owned(conversation_id, user_id))
+            conversation = await self._conversation(key, owner)
+        span = Span(key, min(after, conversation.last_seq), conversation.last_seq)
+        return await self._delete_span(span, _owned(key, owner))
 
     async def _delete_span(self, span: Span, owned: Json) -> int:
         deleted = 0
         for top in range(span.high, span.low, -DELETE_BATCH_ITEMS):
             batch = span.between(top - DELETE_BATCH_ITEMS, top)
             async with self._database.call():
-                deleted += await self._write(
-                    span.conversation_id, functools.partial(self._delete_batch, owned, batch)
-                )
+                deleted += await self._write(span.key, functools.partial(self._delete_batch, owned, batch))
         return deleted
 
     async def _delete_batch(self, owned: Json, batch: Span, transaction: Transaction) -> int:
@@ -853,12 +869,16 @@ class ChatService:
 
     # -- what the verbs share ----------------------------------------------------------------------
 
-    async def _conversation(self, conversation_id: str, user_id: str | None) -> Conversation:
+    def _named(self, conversation_id: str, user_id: str | None) -> tuple[Key, Owner | None]:
+        """Return what the caller names, as it is in the database: of his own tenant, whatever he says."""
+        return self._scope.key(conversation_id), self._scope.owner(user_id)
+
+    async def _conversation(self, key: Key, owner: Owner | None) -> Conversation:
         """Find the conversation; whether it is missing or not yours, the query and the answer are one."""
-        found = await self._database.read(Conversation, _owned(conversation_id, user_id), limit=1)
+        found = await self._database.read(Conversation, _owned(key, owner), limit=1)
         if not found:
-            raise _no_conversation(conversation_id)
-        return _exactly(_loaded(found[0]))
+            raise _no_conversation(key)
+        return _loaded(found[0])
 
     async def _lock(self, transaction: Transaction, owned: Json, changes: Json) -> Conversation:
         """Update the conversation, which locks it until the commit, and return it as it then stands.
@@ -868,19 +888,19 @@ class ChatService:
         update = {**changes, "$max": {"updated_at": _now()}}
         found = await self._database.update(Conversation, owned, update, transaction.session)
         if found is None:
-            raise _no_conversation(owned["_id"])
+            raise _no_conversation(Key(owned["_id"]))
         return _loaded(found)
 
     async def _write(
         self,
-        conversation_id: str,
+        key: Key,
         work: Callable[[Transaction], Awaitable[T]],
         transaction: Transaction | None = None,
     ) -> T:
         """Run a transaction when it is this conversation's turn in this process."""
-        turn = self._turns.get(conversation_id)
+        turn = self._turns.get(key)
         if turn is None:
-            turn = self._turns[conversation_id] = asyncio.Lock()
+            turn = self._turns[key] = asyncio.Lock()
         try:
             async with asyncio.timeout(self._settings.database_timeout_ms / 1000):
                 await turn.acquire()
@@ -913,18 +933,18 @@ def _part_items(part: Sequence[bytes]) -> int:
     return max(1, min(_PART_BYTES // typical, len(part) * _PART_GROWTH, _PART_ITEMS_MAX))
 
 
-def list_query(user_id: str, begin: datetime, end: datetime) -> Json:
+def list_query(owner: Owner, begin: datetime, end: datetime) -> Json:
     """Filter one user's conversations by a window of time, `begin` included, `end` not.
 
     `begin` is said as what it is greater than, a millisecond before: an inclusive bound at the far end of an
     index that has more fields behind it misses its equals on the embedded engine.
     """
-    return {"user_id": user_id, "updated_at": {"$gt": begin - timedelta(milliseconds=1), "$lt": end}}
+    return {"user_id": owner, "updated_at": {"$gt": begin - timedelta(milliseconds=1), "$lt": end}}
 
 
-def time_query(conversation_id: str, begin: datetime, end: datetime) -> Json:
+def time_query(key: Key, begin: datetime, end: datetime) -> Json:
     """Filter one conversation's messages by a window of time, both ends included."""
-    return {"conversation_id": conversation_id, "created_at": {"$gte": begin, "$lte": end}}
+    return {"conversation_id": key, "created_at": {"$gte": begin, "$lte": end}}
 
 
 def message_ids(messages: Sequence[Mapping[str, Any]], naming: Naming) -> tuple[list[str], str | None]:
@@ -1029,19 +1049,19 @@ def _invalid(path: Path, why: str) -> InvalidRequest:
     return InvalidRequest(f"{fault.path} {why}.", [fault])
 
 
-def _no_conversation(conversation_id: str) -> ConversationNotFound:
-    return ConversationNotFound(f"No conversation {conversation_id}.")
+def _no_conversation(key: Key) -> ConversationNotFound:
+    return ConversationNotFound(f"No conversation {own_id(key)}.")
 
 
 def _no_message(message_id: str) -> MessageNotFound:
     return MessageNotFound(f"No message {message_id} in this conversation.")
 
 
-def _owned(conversation_id: str, user_id: str | None) -> Json:
+def _owned(key: Key, owner: Owner | None) -> Json:
     """Filter one conversation, of this owner if one is named, and never one that is being deleted."""
-    if user_id == NOBODY:
-        raise _no_conversation(conversation_id)
-    return {"_id": conversation_id, "user_id": {"$ne": NOBODY} if user_id is None else user_id}
+    if owner == NOBODY:
+        raise _no_conversation(key)
+    return {"_id": key, "user_id": {"$ne": NOBODY} if owner is None else owner}
 
 
 def _now() -> datetime:
@@ -1057,7 +1077,7 @@ def _header(conversation: Conversation, message_id: str, seq: int) -> bytes:
     """Encode what the service says of a message; `updated_at` was just moved, and never goes back."""
     return bson.encode(
         {
-            "_id": f"{conversation.id}/{message_id}",
+            "_id": message_key(Key(conversation.id), message_id),
             "conversation_id": conversation.id,
             "user_id": conversation.user_id,
             "seq": seq,
@@ -1072,9 +1092,12 @@ def _public(raw: bytes) -> Json:
 
 
 def _all_public(documents: Sequence[bytes]) -> list[Json]:
-    return [
-        {"id": stored.pop("_id").partition("/")[2], **stored} for stored in payloads.decode_all(documents)
-    ]
+    found = payloads.decode_all(documents)
+    for stored in found:
+        if "/" in stored["user_id"]:  # a tenant's
+            stored["conversation_id"] = own_id(stored["conversation_id"])
+            stored["user_id"] = own_id(stored["user_id"])
+    return [{"id": own_id(stored.pop("_id")), **stored} for stored in found]
 
 
 def _fields(message: Json) -> Json:
@@ -1087,8 +1110,9 @@ def _loaded(raw: bytes) -> Conversation:
     return conversation
 
 
-def _exactly(conversation: Conversation) -> Conversation:
-    """Put the metadata back into the order in which they came."""
+def _shown(conversation: Conversation) -> Conversation:
+    """Return a conversation as callers see it: plain ids, and metadata in the order in which they came."""
+    conversation.id, conversation.user_id = own_id(conversation.id), own_id(conversation.user_id)
     if conversation.exact_metadata is not None:
         conversation.metadata = payloads.decode(conversation.exact_metadata)["metadata"]
     elif conversation.metadata:

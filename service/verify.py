@@ -18,6 +18,7 @@ from pymongo import ASCENDING
 from service.chat_service import ChatService, Span, is_id
 from service.database import Database, Transaction
 from service.documents import NOBODY, Conversation, Message
+from service.scopes import Key
 
 _WINDOW_SEQS = 1_000
 _ATTEMPTS = 5
@@ -116,7 +117,7 @@ class Verifier:
         seen = _Seen()
         top = max(conversation.last_seq, await self._highest_seq(conversation))
         for low in range(-1, top, _WINDOW_SEQS):
-            span = Span(conversation.id, low, low + _WINDOW_SEQS)
+            span = Span(Key(conversation.id), low, low + _WINDOW_SEQS)
             async with self._database.call():
                 found = await self._database.read(Message, span.query(), sort=[("seq", ASCENDING)])
             for raw in found:
@@ -133,7 +134,7 @@ class Verifier:
     async def _judge(self, conversation: Conversation, seen: _Seen) -> None:
         for fault in seen.faults:
             self._note(conversation.id, fault, "left: there is no telling what it should be")
-        if not is_id(conversation.id) or not is_id(conversation.user_id):
+        if not _is_key(conversation.id) or not _is_key(conversation.user_id):
             self._note(conversation.id, "its id or its user_id is not well formed", "left")
         if seen.last_seq > conversation.last_seq:
             what = f"last_seq is {conversation.last_seq}, and there is a message with seq {seen.last_seq}"
@@ -160,11 +161,15 @@ class Verifier:
         if self._repair:
             async with self._database.call():
                 await self._database.transaction(correct)
-        self._note(key.partition("/")[0], violation, "mended" if self._repair else "")
+        self._note(
+            key if document is Conversation else key.rpartition("/")[0],
+            violation,
+            "mended" if self._repair else "",
+        )
 
     async def _interrupted_deletion(self, conversation_id: str) -> None:
         if self._repair:
-            await self._chat.finish_deletion(conversation_id)
+            await self._chat.finish_deletion(Key(conversation_id))
         outcome = "mended: finished" if self._repair else "the service finishes it when it runs"
         self._note(conversation_id, "its deletion was interrupted", outcome)
 
@@ -180,9 +185,15 @@ class Verifier:
         self.report.left += not outcome.startswith("mended")
 
 
+def _is_key(key: str) -> bool:
+    """Tell whether this is an id, or a tenant and an id."""
+    parts = key.split("/")
+    return len(parts) <= 2 and all(map(is_id, parts))
+
+
 def _look_at(message: dict[str, Any], conversation: Conversation, seen: _Seen) -> None:
     """Note one message, which comes in the order of `seq`, and what is wrong with it."""
-    prefix, _, own_id = str(message["_id"]).partition("/")
+    prefix, _, own_id = str(message["_id"]).rpartition("/")
     seq, time = message.get("seq"), message.get("created_at")
     seen.count += 1
     if prefix != conversation.id or not is_id(own_id):

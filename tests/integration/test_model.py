@@ -92,7 +92,8 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
             key = data.draw(st.sampled_from(sorted(talk.appended)))
             batch, seqs = talk.appended[key]
             if changed:
-                batch = [batch[0] | {"content": "changed"}, *batch[1:]]
+                self.count += 1  # so that it is a change, also from what an earlier change had stored
+                batch = [batch[0] | {"content": f"changed {self.count}"}, *batch[1:]]
             response = self.post(self.ids.index(conversation), batch, key if key.startswith("key") else None)
             left = [seq for seq in seqs if seq in talk.messages]
             if not left:

@@ -16,7 +16,8 @@ LAYERS = {
     "roles": set(),
     "openai_items": {"roles"},
     "database": {"documents", "errors", "payloads", "settings"},
-    "chat_service": {"database", "documents", "errors", "payloads", "roles", "settings"},
+    "scopes": {"errors"},
+    "chat_service": {"database", "documents", "errors", "payloads", "roles", "scopes", "settings"},
 }
 
 
