@@ -10,6 +10,7 @@ RUN PIP_CONSTRAINT=constraints.txt pip install --no-cache-dir .
 RUN useradd --system --uid 10001 chat
 USER 10001
 
+# Beyond the machine it wants authentication: give it CHAT_AUTH=key and a CHAT_API_KEY.
 ENV CHAT_HOST=0.0.0.0 CHAT_PORT=8000 CHAT_LOG_FORMAT=json
 EXPOSE 8000
 HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=12 \

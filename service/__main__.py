@@ -1,4 +1,4 @@
-"""The command line: `chat-history serve`, `chat-history verify`, `chat-history mongo-url`.
+"""The command line: `chat-history serve`, `keys`, `verify`, `mongo-url`.
 
 What is slow to import is imported where it is used, and for `serve` while the embedded engine starts.
 """
@@ -11,7 +11,8 @@ import importlib
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -21,7 +22,10 @@ from service.embedded import DataDirectoryInUse, EmbeddedEngine, EmbeddedEngineE
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from service.keys import Keys
     from service.verify import Report
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="Chat History Database: the service in which AI agents keep their conversations.",
@@ -37,9 +41,13 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Listen here. [CHAT_HOST, 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="And on this port. [CHAT_PORT, 8000]")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes. [CHAT_WORKERS, 1]")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen beyond this machine without authentication.")
+    ] = None,
 ) -> None:
     """Run the service: on CHAT_MONGODB_URL, or with the embedded engine as its child."""
-    settings = _settings(host=host, port=port, workers=workers)
+    settings = _settings(host=host, port=port, workers=workers, insecure=insecure)
+    _refuse_to_be_open(settings)
     logs.configure(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
@@ -50,8 +58,19 @@ def serve(
             except EmbeddedEngineError as error:
                 _fail(str(error))
             print(f"mongosh '{settings.embedded_url}'", flush=True)
-        print(f"Chat History Database: http://{settings.host}:{settings.port}/docs", flush=True)
+        scheme = "http" if settings.tls_cert is None else "https"
+        print(f"Chat History Database: {scheme}://{settings.host}:{settings.port}/docs", flush=True)
         _run(settings)
+
+
+def _refuse_to_be_open(settings: Settings) -> None:
+    """Refuse to let anybody who reaches this machine read everything, unless that was said twice."""
+    local = settings.host == "localhost" or settings.host.startswith("127.") or settings.host == "::1"
+    if settings.auth == "none" and not local and not settings.insecure:
+        _fail(
+            f"Without authentication (CHAT_AUTH=none), everybody who reaches {settings.host} could read and "
+            "change everything. Set CHAT_AUTH=key (and CHAT_API_KEY), or say --insecure."
+        )
 
 
 def _end(*_: object) -> NoReturn:
@@ -70,6 +89,7 @@ def _run(settings: Settings) -> None:
 
     from service.connections import PatientProtocol
 
+    password = settings.tls_key_password
     uvicorn.run(
         "service.app:create_app",
         factory=True,
@@ -78,12 +98,94 @@ def _run(settings: Settings) -> None:
         workers=settings.workers,
         log_config=None,
         access_log=False,
-        proxy_headers=False,
+        proxy_headers=settings.trusted_proxies is not None,
+        forwarded_allow_ips=settings.trusted_proxies,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+        ssl_keyfile_password=password.get_secret_value() if password else None,
         http=PatientProtocol,
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=max(1, settings.shutdown_timeout_ms // 1000),
     )
+
+
+keys_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+
+@keys_app.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[list[str], typer.Option(help="read, write or admin; may be said several times.")],
+    tenant: Annotated[str, typer.Option(help="The one tenant whose data it reaches.")] = "",
+    days: Annotated[int | None, typer.Option(min=1, help="After so many days it expires.")] = None,
+) -> None:
+    """Make a key and print it, once: only a hash of it is stored."""
+    from datetime import UTC, datetime, timedelta
+
+    from service.chat_service import is_id
+
+    unknown = set(scope) - {"read", "write", "admin"}
+    if unknown or (tenant and not is_id(tenant)):
+        _fail(f"There is no scope {unknown.pop()!r}." if unknown else f"{tenant!r} is no name for a tenant.")
+    expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
+    scopes: Any = sorted(set(scope))
+    _, text = _with_keys(lambda keys: keys.create(name, scopes, tenant=tenant, expires_at=expires_at))
+    print(text)
+
+
+@keys_app.command("list")
+def list_keys() -> None:
+    """List every key: its id, name, scopes, tenant, and what became of it."""
+    for key in _with_keys(lambda keys: keys.list_all()):
+        times = {"expires": key.expires_at, "revoked": key.revoked_at, "last used": key.last_used_at}
+        said = [f"{what} {when:%Y-%m-%d %H:%M}" for what, when in times.items() if when is not None]
+        print("\t".join([key.id, key.name, "+".join(key.scopes), key.tenant or "-", ", ".join(said)]))
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(help="The id, as `keys list` prints it.")]) -> None:
+    """Revoke a key. A service that runs knows within CHAT_KEY_CACHE_MS."""
+    if not _with_keys(lambda keys: keys.revoke(key_id)):
+        _fail(f"There is no key {key_id} that is not revoked already.")
+
+
+def _with_keys(work: Callable[[Keys], Coroutine[Any, Any, T]]) -> T:
+    """Do something with the keys in the database, the embedded engine's too, running or not."""
+    from service.database import Database
+    from service.keys import Keys
+
+    settings = _settings()
+
+    async def run() -> T:
+        database = Database(settings)
+        await database.open()
+        try:
+            return await work(Keys(database, settings))
+        finally:
+            await database.close()
+
+    return _on_database(settings, run)
+
+
+def _on_database(settings: Settings, run: Callable[[], Coroutine[Any, Any, T]], code: int = 1) -> T:
+    """Run something on the database, with the embedded engine for as long, if no service has it running."""
+    from service.errors import ChatHistoryError
+
+    logs.configure(settings.model_copy(update={"log_level": "error"}))
+    with contextlib.ExitStack() as stack:
+        if settings.mongodb_url is None:
+            try:
+                stack.enter_context(EmbeddedEngine(settings))
+            except DataDirectoryInUse:
+                pass  # a service runs, and its engine is the one to look at
+            except EmbeddedEngineError as error:
+                _fail(str(error), code)
+        try:
+            return asyncio.run(run())
+        except ChatHistoryError as error:
+            _fail(error.detail, code)
 
 
 @app.command("mongo-url")
@@ -100,22 +202,8 @@ def verify(
 
     Exit code 0: all of them hold, or were mended. 1: some do not. 2: the database cannot be read.
     """
-    from service.errors import ChatHistoryError
-
     settings = _settings()
-    logs.configure(settings.model_copy(update={"log_level": "error"}))
-    with contextlib.ExitStack() as stack:
-        if settings.mongodb_url is None:
-            try:
-                stack.enter_context(EmbeddedEngine(settings))
-            except DataDirectoryInUse:
-                pass  # a service runs, and its engine is the one to look at
-            except EmbeddedEngineError as error:
-                _fail(str(error), 2)
-        try:
-            report = asyncio.run(_verify(settings, repair=repair))
-        except ChatHistoryError as error:
-            _fail(error.detail, 2)
+    report = _on_database(settings, lambda: _verify(settings, repair=repair), 2)
     print(
         f"{report.conversations} conversations, {report.messages} messages, "
         f"{len(report.violations)} violations, {report.left} left"

@@ -15,14 +15,17 @@ import structlog
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from service import logs
-from service.api import conversations, health, messages, openai, openai_schemas, problems
+from service.api import conversations, health, messages, openai, openai_schemas, problems, security
 from service.api.schemas import ConversationChanges, NewConversation, NewMessage, NewMessages
+from service.auth import Authenticator
 from service.chat_service import ChatService
 from service.database import Database
 from service.errors import ChatHistoryError, Overloaded
+from service.keys import Keys
 from service.settings import Settings
 
 _UNFINISHED_DELETIONS_EVERY_S = 60.0
@@ -47,6 +50,16 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(openai.router)
     app.include_router(health.router)
     problems.install(app, settings.retry_after_s)
+    app.add_middleware(security.Gate, settings=settings)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST", "PATCH", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key", "X-Request-ID"],
+            expose_headers=["Idempotent-Replayed", "Location", "RateLimit", "Retry-After", "X-Request-ID"],
+        )
+    app.add_middleware(security.SecurityHeaders, settings=settings)
     app.add_middleware(logs.RequestLog, on_failure=_failed)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -73,6 +86,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await app.state.database.open()
         stack.push_async_callback(app.state.database.close)
         app.state.chat = ChatService(app.state.database, settings)
+        app.state.keys = Keys(app.state.database, settings)
+        app.state.authenticator = Authenticator(settings, app.state.keys)
         stack.push_async_callback(_cancel, asyncio.create_task(_finish_deletions(app.state.chat)))
         _stop_with_parent()
         yield {"settings": settings, "overloaded": logs.RequestLog(_overloaded, on_failure=_failed)}
@@ -125,6 +140,16 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         )
         components = schema.setdefault("components", {}).setdefault("schemas", {})
         components.update(definitions["$defs"])
+        components_of_security = schema["components"].setdefault("securitySchemes", {})
+        components_of_security |= {
+            "bearer": {"type": "http", "scheme": "bearer", "description": "An API key, or a JWT."},
+            "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
+        for path, calls in schema["paths"].items():
+            if path not in security.PUBLIC:
+                for call in calls.values():
+                    # The empty one: by default the service listens on this machine, and trusts its caller.
+                    call["security"] = [{"bearer": []}, {"key": []}, {}]
         for unused in ("HTTPValidationError", "ValidationError"):
             components.pop(unused, None)
         app.openapi_schema = schema

@@ -8,6 +8,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
 
+_HEAD_TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+)
+
 
 class PatientProtocol(HttpToolsProtocol):
     """uvicorn's protocol with a clock for what a client owes: headers, a body's end, or reading on.
@@ -18,6 +22,9 @@ class PatientProtocol(HttpToolsProtocol):
     """
 
     _clock: asyncio.TimerHandle | None = None
+    _in_head = True
+    _head_bytes = 0
+    _head_end = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -31,15 +38,34 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Give every further request of the connection its time, too."""
+        self._in_head = True
         super().on_message_begin()
         if self._clock is None:
             self._start(self._settings.header_timeout_ms)
+
+    def data_received(self, data: bytes) -> None:
+        """Take in what came, unless it is more of a request's head than anybody needs."""
+        if self._in_head and self._head_too_large(data):
+            self.transport.write(_HEAD_TOO_LARGE)
+            self.transport.close()
+            return
+        super().data_received(data)
+
+    def _head_too_large(self, data: bytes) -> bool:
+        """Tell whether the head, and not the body that comes with it, is more than the setting allows."""
+        room = max(0, self._settings.header_bytes_max - self._head_bytes)
+        self._head_bytes += len(data)
+        # Its end may lie across two pieces.
+        searched = self._head_end + data[:room]
+        self._head_end = data[-3:]
+        return len(data) > room and b"\r\n\r\n" not in searched
 
     def on_headers_complete(self) -> None:
         """From here on the application waits, for the body, with a time of its own.
 
         Where there are too many connections the answer is a problem document, which uvicorn's own is not.
         """
+        self._in_head, self._head_bytes, self._head_end = False, 0, b""
         self._stop()
         crowded = len(self.connections) > self._settings.connections_max
         self.app = self.app_state["overloaded"] if crowded else self.config.loaded_app

@@ -44,7 +44,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from service.documents import Conversation, Message
+from service.documents import ApiKey, Conversation, Message
 from service.errors import (
     BatchTooLarge,
     ChatHistoryError,
@@ -204,7 +204,7 @@ class Database:
 
     async def _declare_documents(self, database: Any) -> None:
         """Bind the documents to the database, and make their indexes where they are missing."""
-        documents = [Conversation, Message]
+        documents = [ApiKey, Conversation, Message]
         try:
             with pymongo.timeout(_INDEXES_TIMEOUT_S):
                 await init_beanie(database, document_models=documents, skip_indexes=not self._make_indexes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from beanie import Document
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
@@ -110,6 +110,26 @@ class Message(MessageFields, Document):
                 name="conversation_id_1_role_1_seq_1",
             ),
         ]
+
+
+class ApiKey(Document):
+    """One API key: what it may do, and the hash of its secret, which is not stored."""
+
+    id: str  # type: ignore[assignment]  # the part of the key that names it
+    secret_sha256: str
+    name: str
+    scopes: list[Literal["read", "write", "admin"]]
+    tenant: str = ""
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+    class Settings:
+        """Beanie's settings of the collection; a key is looked up by its `_id`, and needs no other index."""
+
+        name = "api_keys"
+        keep_nulls = True
 
 
 # What only the service sets in a message. `_id` and `_exact_bson` are how it stores one.

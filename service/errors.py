@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,13 @@ class Fault:
 class ChatHistoryError(Exception):
     """The base of every error that this service raises on purpose.
 
-    `status` is the HTTP status that the error means, `title` a sentence that never changes, `detail`
-    what happened this time, `faults` the places in the input.
+    `status` is the HTTP status that the error means, `title` a sentence that never changes, `headers`
+    what belongs to such an answer, `detail` what happened this time, `faults` the places in the input.
     """
 
     status = 500
     title = "The service failed"
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, detail: str = "", faults: Sequence[Fault] = ()) -> None:
         super().__init__(detail or self.title)
@@ -76,6 +78,35 @@ class UnsupportedBody(ChatHistoryError):
 
     status = 415
     title = "The body must be application/json, not compressed"
+
+
+class Unauthenticated(ChatHistoryError):
+    """There is no key and no token, or none that is good. Which of the two is not said."""
+
+    status = 401
+    title = "A valid API key or token is needed"
+    headers = MappingProxyType({"WWW-Authenticate": 'Bearer realm="chat-history"'})
+
+
+class ScopeMissing(ChatHistoryError):
+    """The key is good, and not for this."""
+
+    status = 403
+    title = "The key does not allow this"
+    headers = MappingProxyType(
+        {"WWW-Authenticate": 'Bearer realm="chat-history", error="insufficient_scope"'}
+    )
+
+
+class TooManyRequests(ChatHistoryError):
+    """The rate of this key or this address is used up. Nothing was done; `Retry-After` says when again."""
+
+    status = 429
+    title = "Too many requests"
+
+    def __init__(self, detail: str, headers: Mapping[str, str]) -> None:
+        super().__init__(detail)
+        self.headers = headers
 
 
 class ConversationNotFound(ChatHistoryError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 # MongoDB's own limit of one document, less what the service's fields may take (five of them, three
@@ -17,6 +17,10 @@ JSON_LEVELS_MAX = 90
 DELETE_BATCH_ITEMS = 1_000
 # How many `seq`s one read may span on an engine that reads its whole match before it cuts.
 WINDOW_SEQS_MAX = 4_096
+# What a token may be signed with unless there is a secret: never anything that its reader could sign, too.
+ASYMMETRIC = frozenset(
+    {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
+)
 
 
 class Settings(BaseSettings):
@@ -27,6 +31,54 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="The address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=64, description="Service processes that share the port.")
+
+    insecure: bool = Field(
+        False, description="Listen beyond this machine without authentication all the same."
+    )
+    tls_cert: Path | None = Field(None, description="A certificate (PEM): the service then speaks HTTPS.")
+    tls_key: Path | None = Field(None, description="Its private key (PEM).")
+    tls_key_password: SecretStr | None = Field(None, description="The key's password.")
+    trusted_proxies: str | None = Field(
+        None, description="Addresses (commas between) whose `X-Forwarded-For` and `-Proto` count."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins (a JSON list) whose pages may call; none unless given."
+    )
+
+    auth: Literal["none", "key", "jwt", "key+jwt"] = Field(
+        "none", description="Who may call: anybody, the holder of an API key, of a JWT, of either."
+    )
+    api_key: SecretStr | None = Field(
+        None, description="One API key with every scope, for simple deployments."
+    )
+    key_cache_ms: int = Field(
+        5_000, ge=0, description="How long a key is known before it is looked up again, revoked or not."
+    )
+    jwt_issuer: str | None = Field(None, description="The `iss` that a token must have.")
+    jwt_audience: str | None = Field(None, description="The `aud` that a token must have.")
+    jwt_jwks_url: str | None = Field(None, description="Where the issuer's public keys (JWKS) are.")
+    jwt_public_key: str | None = Field(
+        None, description="Or the one public key, as PEM, or the name of a file with it."
+    )
+    jwt_secret: SecretStr | None = Field(None, description="Or a shared secret; then HS256 is read, alone.")
+    jwt_algorithms: tuple[str, ...] = Field(
+        ("RS256", "PS256", "ES256", "EdDSA"),
+        description="The algorithms (a JSON list) that a token may be signed with; asymmetric ones only.",
+    )
+    jwt_tenant_claim: str | None = Field(None, description="The claim that names a token's tenant.")
+    jwt_leeway_s: int = Field(30, ge=0, le=300, description="By how much clocks may differ.")
+    jwt_jwks_cache_s: int = Field(300, ge=1, description="How long the issuer's keys are kept.")
+    jwt_jwks_retry_s: int = Field(
+        10, ge=0, description="How soon an unknown key makes us ask the issuer again."
+    )
+
+    rate_per_key: str | None = Field(
+        None, description="Requests of one key or one user (`600/minute`); beyond them, 429."
+    )
+    rate_per_address: str | None = Field(None, description="Requests of one address; beyond them, 429.")
+    failures_per_address: str = Field(
+        "30/minute", description="Failed authentications of one address; beyond them, 429."
+    )
 
     mongodb_url: str | None = Field(
         None,
@@ -61,6 +113,9 @@ class Settings(BaseSettings):
     body_timeout_ms: int = Field(
         30_000, ge=100, description="How long a client may take to send its request's body."
     )
+    header_bytes_max: int = Field(
+        64 * 1024, ge=1024, description="The most a request line and its headers may have; then 431."
+    )
     header_timeout_ms: int = Field(
         10_000, ge=100, description="How long a connection may take to send a request's headers."
     )
@@ -94,6 +149,34 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="What is logged, at the least."
     )
+
+    @field_validator("rate_per_key", "rate_per_address", "failures_per_address")
+    @classmethod
+    def _rate(cls, value: str | None) -> str | None:
+        if value is not None:
+            from limits import parse_many  # noqa: PLC0415  (slow to import, and seldom needed)
+
+            parse_many(value)
+        return value
+
+    @model_validator(mode="after")
+    def _jwt_has_one_key(self) -> Settings:
+        """Refuse settings under which a token could be verified by nothing, or by the wrong thing."""
+        if not set(self.jwt_algorithms) <= ASYMMETRIC:
+            raise ValueError(f"jwt_algorithms may be of {', '.join(sorted(ASYMMETRIC))}")
+        if "jwt" in self.auth:
+            keys = (self.jwt_jwks_url, self.jwt_public_key, self.jwt_secret)
+            if sum(each is not None for each in keys) != 1:
+                raise ValueError("jwt needs just one of jwt_jwks_url, jwt_public_key and jwt_secret")
+            if self.jwt_issuer is None or self.jwt_audience is None:
+                raise ValueError("jwt needs jwt_issuer and jwt_audience")
+        return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        return self
 
     @property
     def embedded_url(self) -> str:

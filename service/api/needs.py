@@ -13,11 +13,13 @@ from fastapi import Depends, Path, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError
 
+from service.auth import Principal
 from service.chat_service import ChatService
 from service.documents import Id
 
 M = TypeVar("M", bound=BaseModel)
 
+_READING = frozenset({"GET", "HEAD"})
 _KEY_DESCRIPTION = "A word of the caller's own; the same request with it again is stored once."
 _KEY: TypeAdapter[str] = TypeAdapter(Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,255}$")])
 KEY_PARAMETER = {
@@ -30,8 +32,14 @@ KEY_PARAMETER = {
 
 
 async def _chat(request: Request) -> ChatService:
+    """Return the service as the caller's own: it reads or writes, in its tenant, as its user.
+
+    There is no other way for a route to the service, so none can forget whose it is.
+    """
+    principal: Principal = request.state.principal
+    principal.require("read" if request.method in _READING else "write")
     service: ChatService = request.app.state.chat
-    return service
+    return service.of(principal.scope)
 
 
 def query(model: type[M], ignored: frozenset[str] = frozenset()) -> Any:

@@ -59,6 +59,9 @@ _ALWAYS: tuple[type[ChatHistoryError], ...] = (
     errors.InvalidRequest,
     ChatHistoryError,
     errors.DatabaseUnavailable,
+    errors.Unauthenticated,
+    errors.ScopeMissing,
+    errors.TooManyRequests,
 )
 
 
@@ -89,7 +92,7 @@ def _declared(status: int, description: str, media_type: str, schema: str) -> di
         "content": {media_type: {"schema": {"$ref": f"#/components/schemas/{schema}"}}},
         "headers": {"X-Request-ID": {"schema": {"type": "string"}}},
     }
-    if status == errors.DatabaseUnavailable.status:
+    if status in {errors.DatabaseUnavailable.status, errors.TooManyRequests.status}:
         declared["headers"]["Retry-After"] = {
             "schema": {"type": "integer"},
             "description": "Seconds.",
@@ -114,11 +117,19 @@ def problem(error: ChatHistoryError, retry_after_s: int = 1) -> Response:
     }
     if error.faults:
         body["errors"] = [{"path": each.path, "message": each.message} for each in error.faults]
-    return Response(_dumps(body), error.status, _retry_after(error, retry_after_s), MEDIA_TYPE)
+    return Response(_dumps(body), error.status, _headers(error, retry_after_s), MEDIA_TYPE)
 
 
-def _retry_after(error: ChatHistoryError, retry_after_s: int) -> dict[str, str]:
-    return {"Retry-After": str(retry_after_s)} if error.status == 503 else {}
+def _headers(error: ChatHistoryError, retry_after_s: int) -> dict[str, str]:
+    return {**error.headers, **({"Retry-After": str(retry_after_s)} if error.status == 503 else {})}
+
+
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    **dict.fromkeys((500, 503, 507), "server_error"),
+}
 
 
 def _openai_status(error: ChatHistoryError | type[ChatHistoryError]) -> int:
@@ -129,11 +140,11 @@ def _openai_error(error: ChatHistoryError, retry_after_s: int) -> Response:
     """Shape one of our errors as OpenAI does, and tell its client not to repeat what stays a conflict."""
     body = {
         "message": error.detail or error.title,
-        "type": "server_error" if error.status >= 500 else "invalid_request_error",
+        "type": _OPENAI_TYPES.get(error.status, "invalid_request_error"),
         "param": _param(error.faults[0].path) if error.faults else None,
         "code": error.slug().replace("-", "_"),
     }
-    headers = _retry_after(error, retry_after_s)
+    headers = _headers(error, retry_after_s)
     if error.status == 409:
         headers["x-should-retry"] = "false"
     return Response(_dumps({"error": body}), _openai_status(error), headers, "application/json")

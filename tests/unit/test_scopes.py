@@ -21,12 +21,12 @@ def test_keys_of_different_tenants_are_never_equal(one: Scope, other: Scope, a: 
     assert own_id(one.key(a)) == a
 
 
-@given(scopes, ids, ids, scopes, ids, ids)
+@given(st.tuples(scopes, ids, ids), st.tuples(scopes, ids, ids))
 def test_keys_of_messages_are_their_conversations_and_nobody_elses(
-    one: Scope, a: str, m: str, other: Scope, b: str, n: str
+    one: tuple[Scope, str, str], other: tuple[Scope, str, str]
 ) -> None:
-    same = (one.tenant, a, m) == (other.tenant, b, n)
-    assert (message_key(one.key(a), m) == message_key(other.key(b), n)) is same
+    keys = [message_key(scope.key(conversation), message) for scope, conversation, message in (one, other)]
+    assert (keys[0] == keys[1]) is (one == other)
 
 
 @given(scopes, ids, ids)

@@ -1,0 +1,194 @@
+"""The gate that every request passes: who is calling, how often, and what every answer must say.
+
+It stands before the routes, so that no route can forget it: what is not listed here as public is not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from cachetools import TTLCache
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.problems import respond
+from service.auth import ANYBODY, Authenticator, Principal
+from service.errors import ChatHistoryError, TooManyRequests, Unauthenticated
+from service.settings import Settings
+
+PUBLIC = frozenset({"/health/live", "/health/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+# `/metrics` has a gate of its own.
+_OWN_GATE = frozenset({"/metrics"})
+_PAGES = frozenset({"/docs", "/docs/oauth2-redirect"})
+_KNOWN_GOOD_S = 600
+_ADDRESSES_MOST = 100_000
+
+_ALWAYS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+}
+_NOT_PAGES = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+
+
+class SecurityHeaders:
+    """ASGI: puts into every answer what keeps browsers from doing something with it."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._https = settings.tls_cert is not None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        said = _ALWAYS if scope["path"] in _PAGES else _ALWAYS | _NOT_PAGES
+        if self._https:
+            said = said | {"Strict-Transport-Security": "max-age=31536000"}
+
+        async def send_with(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in said.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, send_with)
+
+
+class Gate:
+    """ASGI: lets a request pass as its principal, or answers it with a 401, 429 or 503.
+
+    The principal is in the request's state. Limits are counted in this process.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._open = settings.auth == "none"
+        self._settings = settings
+        self._rates = Rates(settings)
+        # Credentials that were good a while ago, so that those who only guess cost nobody else.
+        self._known_good: TTLCache[int, bool] = TTLCache(_ADDRESSES_MOST, _KNOWN_GOOD_S)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"] in _OWN_GATE:
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        said: dict[str, str] = {}
+        try:
+            state["principal"] = await self._principal(scope, said)
+        except ChatHistoryError as error:
+            state["problem"] = error.slug()
+            await respond(error, scope, self._settings.retry_after_s)(scope, receive, send)
+            return
+        if not said:
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(said)
+            await send(message)
+
+        await self._app(scope, receive, send_with)
+
+    async def _principal(self, scope: Scope, said: dict[str, str]) -> Principal:
+        """Return who is calling, and put into `said` what is left of the rates."""
+        address = scope["client"][0] if scope.get("client") else ""
+        if self._rates.per_address:
+            said |= await self._rates.hit(self._rates.per_address, "address", address)
+        if scope["path"] in PUBLIC:
+            return ANYBODY
+        principal = ANYBODY if self._open else await self._authenticated(scope, address)
+        if self._rates.per_key:
+            said |= await self._rates.hit(self._rates.per_key, "key", principal.name)
+        return principal
+
+    async def _authenticated(self, scope: Scope, address: str) -> Principal:
+        credential = _credential(Headers(scope=scope))
+        known = credential is not None and hash(credential) in self._known_good
+        if not known:
+            await self._rates.require(self._rates.failures, "failures", address)
+        authenticator: Authenticator = scope["app"].state.authenticator
+        try:
+            principal = await authenticator.authenticate(credential)
+        except Unauthenticated:
+            await self._rates.count(self._rates.failures, "failures", address)
+            raise
+        self._known_good[hash(credential)] = True
+        return principal
+
+
+def _credential(headers: Headers) -> str | None:
+    """Return the one key or token of a request; two that differ are none."""
+    given = {value.strip() for value in headers.getlist("x-api-key")}
+    for value in headers.getlist("authorization"):
+        scheme, _, credential = value.partition(" ")
+        given.add(credential.strip() if scheme.lower() == "bearer" else "")
+    return given.pop() if len(given) == 1 else None
+
+
+class Rates:
+    """The limits of requests, through `limits`: counted in a sliding window, in this process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.per_key = _parsed(settings.rate_per_key)
+        self.per_address = _parsed(settings.rate_per_address)
+        self.failures = _parsed(settings.failures_per_address if settings.auth != "none" else None)
+        self._limiter: Any = None
+        if self.per_key or self.per_address or self.failures:
+            from limits.aio.storage import MemoryStorage  # noqa: PLC0415  (slow to import, and seldom needed)
+            from limits.aio.strategies import SlidingWindowCounterRateLimiter  # noqa: PLC0415
+
+            self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    async def hit(self, limits: Sequence[Any], kind: str, who: str) -> dict[str, str]:
+        """Count a request, and return the headers that say what is left. Raises TooManyRequests."""
+        said: dict[str, str] = {}
+        for limit in limits:
+            passed = await self._limiter.hit(limit, kind, who)
+            left = await self._limiter.get_window_stats(limit, kind, who)
+            seconds = max(1, round(left.reset_time - time.time()))
+            window = f'"{kind}";q={limit.amount};w={limit.get_expiry()}'
+            said = {
+                "RateLimit-Policy": window,
+                "RateLimit": f'"{kind}";r={max(0, left.remaining)};t={seconds}',
+            }
+            if not passed:
+                raise _too_many(limit, kind, {**said, "Retry-After": str(seconds)})
+        return said
+
+    async def require(self, limits: Sequence[Any], kind: str, who: str) -> None:
+        """Raise TooManyRequests if the rate is used up, without counting."""
+        for limit in limits:
+            if not await self._limiter.test(limit, kind, who):
+                left = await self._limiter.get_window_stats(limit, kind, who)
+                seconds = max(1, round(left.reset_time - time.time()))
+                raise _too_many(limit, kind, {"Retry-After": str(seconds)})
+
+    async def count(self, limits: Sequence[Any], kind: str, who: str) -> None:
+        """Count, whether or not it is too many."""
+        for limit in limits:
+            await self._limiter.hit(limit, kind, who)
+
+
+def _parsed(rates: str | None) -> list[Any]:
+    if rates is None:
+        return []
+    from limits import parse_many  # noqa: PLC0415  (slow to import, and seldom needed)
+
+    return list(parse_many(rates))
+
+
+def _too_many(limit: Any, kind: str, headers: dict[str, str]) -> TooManyRequests:
+    named = {"failures": "failed authentications of one address", "key": "requests of one key"}
+    what = named.get(kind, "requests of one address")
+    return TooManyRequests(f"At most {limit.amount} {what} in {limit.get_expiry()} s.", headers)

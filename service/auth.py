@@ -1,0 +1,174 @@
+"""Who is calling: from a key or a token to a principal, whose scope says what there is for it.
+
+Nothing here is cryptography of our own: tokens are PyJWT's matter, the comparison of secrets `hmac`'s. What
+fails is not said, and never logged; a token or key is in no text that this module makes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from service.errors import DatabaseUnavailable, ScopeMissing, Unauthenticated
+from service.keys import Keys, ScopeName
+from service.scopes import Scope
+from service.settings import ASYMMETRIC, Settings
+
+if TYPE_CHECKING:
+    import jwt
+
+_ALL: frozenset[ScopeName] = frozenset({"read", "write", "admin"})
+_JWKS_TIMEOUT_S = 5
+_ID = re.compile(r"[A-Za-z0-9._:@~-]{1,128}\Z")
+_TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]*\Z")
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A caller: a name for logs and limits, what it may do, and whose data it can reach."""
+
+    name: str
+    scopes: frozenset[ScopeName]
+    scope: Scope
+
+    def require(self, scope: ScopeName) -> None:
+        """Raise ScopeMissing if it may not."""
+        if scope not in self.scopes:
+            raise ScopeMissing(f"It takes the scope {scope!r}.")
+
+
+ANYBODY = Principal("anybody", _ALL, Scope())
+
+
+class Authenticator:
+    """Turns credentials into principals, as the settings say."""
+
+    def __init__(self, settings: Settings, keys: Keys) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._tokens = Tokens(settings) if "jwt" in settings.auth else None
+
+    async def authenticate(self, credential: str | None) -> Principal:
+        """Return who this is. Raises Unauthenticated, and DatabaseUnavailable where it cannot be known."""
+        if self._settings.auth == "none":
+            return ANYBODY
+        if credential is None:
+            raise Unauthenticated("There is none in this request.")
+        if self._tokens is not None and _TOKEN.match(credential):
+            return await self._tokens.principal(credential)
+        if "key" in self._settings.auth and (found := await self._by_key(credential)) is not None:
+            return found
+        raise _refused()
+
+    async def _by_key(self, credential: str) -> Principal | None:
+        own = self._settings.api_key
+        if own is not None and _same(own.get_secret_value(), credential):
+            return Principal("key:CHAT_API_KEY", _ALL, Scope())
+        key = await self._keys.find(credential)
+        if key is None:
+            return None
+        return Principal(f"key:{key.id}", frozenset(key.scopes), Scope(key.tenant))
+
+
+class Tokens:
+    """JWTs of one issuer, for one audience; whoever holds one is that user, and reads and writes as such."""
+
+    def __init__(self, settings: Settings) -> None:
+        import jwt  # noqa: PLC0415  (slow to import, and needed here only)
+
+        self._settings = settings
+        self._jwt = jwt
+        self._jwks: jwt.PyJWKClient | None = None
+        self._key: Any = None
+        self._algorithms = list(settings.jwt_algorithms)
+        if settings.jwt_secret is not None:
+            # Never together with a public key, which anybody could then sign with.
+            self._key, self._algorithms = settings.jwt_secret.get_secret_value(), ["HS256"]
+        elif settings.jwt_public_key is not None:
+            self._key = _public_key(settings.jwt_public_key)
+        elif settings.jwt_jwks_url is not None:
+            self._jwks = jwt.PyJWKClient(
+                settings.jwt_jwks_url,
+                lifespan=settings.jwt_jwks_cache_s,
+                timeout=_JWKS_TIMEOUT_S,
+                cooldown_duration=settings.jwt_jwks_retry_s,
+            )
+
+    async def principal(self, token: str) -> Principal:
+        """Return whose token this is. Raises Unauthenticated, and DatabaseUnavailable without the keys."""
+        try:
+            claims = self._jwt.decode(
+                token,
+                await self._key_of(token),
+                algorithms=self._algorithms,
+                audience=self._settings.jwt_audience,
+                issuer=self._settings.jwt_issuer,
+                leeway=self._settings.jwt_leeway_s,
+                options={"require": ["exp", "sub", "iss", "aud"]},
+            )
+        except self._jwt.PyJWTError as error:
+            raise _refused() from error
+        user_id = user_of(claims["sub"])
+        tenant = self._tenant(claims)
+        return Principal(f"jwt:{user_id}", frozenset({"read", "write"}), Scope(tenant, user_id))
+
+    async def _key_of(self, token: str) -> jwt.PyJWK | Any:
+        if self._jwks is None:
+            return self._key
+        header = self._jwt.get_unverified_header(token)
+        if header.get("alg") not in ASYMMETRIC or not isinstance(header.get("kid"), str):
+            raise _refused()
+        try:
+            # It may have to ask the issuer, which blocks.
+            return await asyncio.to_thread(self._jwks.get_signing_key, header["kid"])
+        except self._jwt.PyJWKClientConnectionError as error:
+            raise DatabaseUnavailable("The issuer of tokens does not answer with its keys.") from error
+
+    def _tenant(self, claims: dict[str, Any]) -> str:
+        claim = self._settings.jwt_tenant_claim
+        if claim is None:
+            return ""
+        tenant = claims.get(claim)
+        if not isinstance(tenant, str) or not _ID.match(tenant):
+            raise _refused()
+        return tenant
+
+
+def user_of(subject: str) -> str:
+    """Return the user id of a token's subject: itself, or with `~` and hex for what an id cannot have.
+
+    So `auth0|42` is `auth0~7C42`; no two subjects have one id. Raises Unauthenticated for one too long.
+    """
+    user_id = "".join(_escaped(subject))
+    if not _ID.match(user_id) or user_id in {".", ".."}:
+        raise _refused()
+    return user_id
+
+
+def _escaped(subject: str) -> Iterator[str]:
+    for character in subject:
+        if character.isascii() and (character.isalnum() or character in "._:@-"):
+            yield character
+        else:
+            yield from (f"~{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
+
+
+def _public_key(text: str) -> str:
+    """Return a PEM that stands in a setting, or in the file that it names."""
+    return text if text.lstrip().startswith("-----BEGIN") else Path(text).read_text()
+
+
+def _same(one: str, other: str) -> bool:
+    """Compare two secrets in a time that says nothing of either."""
+    digests = [hashlib.sha256(each.encode("utf-8", "surrogateescape")).digest() for each in (one, other)]
+    return hmac.compare_digest(*digests)
+
+
+def _refused() -> Unauthenticated:
+    return Unauthenticated("The one in this request is not, or not any more.")
