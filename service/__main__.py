@@ -1,4 +1,4 @@
-"""The command line: `chat-history serve`, `keys`, `verify`, `mongo-url`.
+"""The command line: `chat-history serve`, `keys`, `verify`, `import`, `expire`, `mongo-url`.
 
 What is slow to import is imported where it is used, and for `serve` while the embedded engine starts.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -22,7 +24,10 @@ from service.embedded import DataDirectoryInUse, EmbeddedEngine, EmbeddedEngineE
 from service.settings import Settings
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from service.keys import Keys
+    from service.lifecycle import Lifecycle, Receipt
     from service.verify import Report
 
 T = TypeVar("T")
@@ -151,6 +156,82 @@ def revoke_key(key_id: Annotated[str, typer.Argument(help="The id, as `keys list
         _fail(f"There is no key {key_id} that is not revoked already.")
 
 
+@app.command("import")
+def import_users(
+    files: Annotated[
+        list[Path], typer.Argument(help="Exports of users (NDJSON).", exists=True, dir_okay=False)
+    ],
+    tenant: Annotated[str, typer.Option(help="The tenant to import into.")] = "",
+    dry_run: Annotated[bool, typer.Option(help="Check everything, and store nothing.")] = False,
+) -> None:
+    """Take exports back, exactly, ids and times included. It may be repeated: what is there is let be.
+
+    Exit code 0: all of it is there. 1: a file is no whole export, or something else stands under an id; what
+    came before it is stored.
+    """
+    from service.importing import import_file
+    from service.scopes import Scope
+
+    settings = _settings()
+
+    async def run() -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            async with _lifecycle(settings) as lifecycle:
+                for file in files:
+                    task = bar.add_task(file.name, total=file.stat().st_size)
+                    done = await import_file(
+                        lifecycle.of(Scope(tenant)),
+                        file,
+                        dry_run=dry_run,
+                        progress=functools.partial(_show, bar, task),
+                    )
+                    print(
+                        f"{file}: {done.conversations} conversations, {done.messages} messages imported"
+                        f"{' (dry run)' if dry_run else ''}, {done.there} conversations were there"
+                    )
+
+    _on_database(settings, run)
+
+
+def _show(bar: Progress, task: TaskID, size: int) -> None:
+    bar.update(task, completed=size)
+
+
+@app.command()
+def expire(
+    dry_run: Annotated[bool, typer.Option(help="Count, and remove nothing.")] = False,
+) -> None:
+    """Remove what has expired, as the service does every minute; or say what it would remove."""
+    settings = _settings()
+
+    async def run() -> Receipt:
+        async with _lifecycle(settings) as lifecycle:
+            return await lifecycle.expire(dry_run=dry_run)
+
+    done = _on_database(settings, run)
+    what = "would expire" if dry_run else "expired"
+    print(f"{done.conversations} conversations with {done.messages} messages {what}")
+
+
+@contextlib.asynccontextmanager
+async def _lifecycle(settings: Settings) -> AsyncIterator[Lifecycle]:
+    from service.chat_service import ChatService
+    from service.database import Database
+    from service.lifecycle import Lifecycle
+
+    # What a process was killed in the middle of is locked for as long as the database lets it, a minute.
+    settings = settings.model_copy(update={"database_timeout_ms": max(settings.database_timeout_ms, 90_000)})
+    database = Database(settings)
+    await database.open()
+    try:
+        yield Lifecycle(database, ChatService(database, settings), settings)
+    finally:
+        await database.close()
+
+
 def _with_keys(work: Callable[[Keys], Coroutine[Any, Any, T]]) -> T:
     """Do something with the keys in the database, the embedded engine's too, running or not."""
     from service.database import Database
@@ -185,7 +266,7 @@ def _on_database(settings: Settings, run: Callable[[], Coroutine[Any, Any, T]], 
         try:
             return asyncio.run(run())
         except ChatHistoryError as error:
-            _fail(error.detail, code)
+            _fail(error.detail or error.title, code)
 
 
 @app.command("mongo-url")

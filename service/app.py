@@ -19,16 +19,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from service import logs
-from service.api import conversations, health, messages, openai, openai_schemas, problems, security
+from service.api import conversations, health, messages, openai, openai_schemas, problems, security, users
 from service.api.schemas import ConversationChanges, NewConversation, NewMessage, NewMessages
 from service.auth import Authenticator
 from service.chat_service import ChatService
 from service.database import Database
 from service.errors import ChatHistoryError, Overloaded
 from service.keys import Keys
+from service.lifecycle import Lifecycle
 from service.settings import Settings
 
-_UNFINISHED_DELETIONS_EVERY_S = 60.0
+_TIDY_EVERY_S = 60.0
 log = structlog.get_logger(__name__)
 
 
@@ -48,6 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(messages.router)
     app.include_router(messages.pop_router)
     app.include_router(openai.router)
+    app.include_router(users.router)
     app.include_router(health.router)
     problems.install(app, settings.retry_after_s)
     app.add_middleware(security.Gate, settings=settings)
@@ -86,9 +88,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         await app.state.database.open()
         stack.push_async_callback(app.state.database.close)
         app.state.chat = ChatService(app.state.database, settings)
+        app.state.lifecycle = Lifecycle(app.state.database, app.state.chat, settings)
         app.state.keys = Keys(app.state.database, settings)
         app.state.authenticator = Authenticator(settings, app.state.keys)
-        stack.push_async_callback(_cancel, asyncio.create_task(_finish_deletions(app.state.chat)))
+        stack.push_async_callback(_cancel, asyncio.create_task(_tidy(app.state.chat, app.state.lifecycle)))
         _stop_with_parent()
         yield {"settings": settings, "overloaded": logs.RequestLog(_overloaded, on_failure=_failed)}
 
@@ -99,15 +102,19 @@ async def _cancel(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def _finish_deletions(chat: ChatService) -> None:
-    """Take up interrupted deletions, now and every minute."""
+async def _tidy(chat: ChatService, lifecycle: Lifecycle) -> None:
+    """Take up interrupted deletions and erasures, and remove what has expired, now and every minute."""
     while True:
         try:
             if count := await chat.finish_deletions():
                 log.info("deletions_finished", conversations=count)
+            if count := await lifecycle.resume():
+                log.info("erasures_finished", users=count)
+            if (expired := await lifecycle.expire()).conversations:
+                log.info("expired", conversations=expired.conversations, messages=expired.messages)
         except ChatHistoryError as error:
-            log.debug("deletions_postponed", problem=error.slug())
-        await asyncio.sleep(_UNFINISHED_DELETIONS_EVERY_S)
+            log.debug("tidying_postponed", problem=error.slug())
+        await asyncio.sleep(_TIDY_EVERY_S)
 
 
 def _stop_with_parent() -> None:

@@ -248,10 +248,11 @@ class ChatService:
         *,
         title: str | None = None,
         metadata: Json | None = None,
+        expires_at: datetime | None = None,
     ) -> tuple[Conversation, bool]:
         """Return the user's conversation under this id and False, or a new one and True.
 
-        Title and metadata are those of a new one; an existing one stays as it is. Raises
+        Title, metadata and expiry are those of a new one; an existing one stays as it is. Raises
         ConversationIdTaken where the id is somebody else's, InvalidRequest for what cannot be stored.
         """
         self._database.require_room()
@@ -260,6 +261,7 @@ class ChatService:
         if conversation_id is not None:
             _validate(_ID, conversation_id, "id")
         wanted = self._new_conversation(conversation_id, user_id, title, metadata)
+        wanted.expires_at = _whole_ms(expires_at) if expires_at else None
         existing = await self._existing(wanted) if conversation_id is not None else None
         found, created = (existing, False) if existing else await self._create(wanted)
         return _shown(found), created
@@ -373,8 +375,9 @@ class ChatService:
         *,
         title: str | None = UNSET,
         metadata: Json | None = UNSET,
+        expires_at: datetime | None = UNSET,
     ) -> Conversation:
-        """Set the title, or the metadata as a whole, and return the conversation as it then stands.
+        """Set the title, the expiry, or the metadata as a whole, and return the conversation as it is then.
 
         What is not given stays as it is; None clears it. Raises ConversationNotFound, InvalidRequest.
         """
@@ -384,6 +387,8 @@ class ChatService:
             changes["title"] = _validate(_TITLE, title, "title")
         if metadata is not UNSET:
             changes |= self._metadata_fields(metadata)
+        if expires_at is not UNSET:
+            changes["expires_at"] = _whole_ms(expires_at) if expires_at else None
         key, owner = self._named(conversation_id, user_id)
         if not changes:
             return _shown(await self._conversation(key, owner))
@@ -442,15 +447,30 @@ class ChatService:
         die in between, `finish_deletions` takes it up again.
         """
         key, owner = self._named(conversation_id, user_id)
+        await self.remove(key, _owned(key, owner))
+
+    async def remove(
+        self,
+        key: Key,
+        owned: Json,
+        also: Callable[[Transaction, Conversation], Awaitable[None]] | None = None,
+    ) -> None:
+        """Delete a conversation of any tenant, if `owned` matches it; `also` is part of the deletion.
+
+        What `also` writes commits with the moment at which the conversation is gone. Raises
+        ConversationNotFound.
+        """
 
         async def begin(transaction: Transaction) -> bool:
             changes = {"$set": {"user_id": NOBODY}}
             try:
-                found = await self._lock(transaction, _owned(key, owner), changes)
+                found = await self._lock(transaction, owned, changes)
             except ConversationNotFound:
                 if transaction.may_have_committed:
-                    return True  # by ourselves, the answer to which was lost
+                    return False  # by ourselves, the answer to which was lost; what is left is finished below
                 raise
+            if also is not None:
+                await also(transaction, found)
             if found.message_count <= DELETE_BATCH_ITEMS:
                 await self._remove(transaction, key)
             return found.message_count <= DELETE_BATCH_ITEMS
@@ -559,7 +579,11 @@ class ChatService:
     ) -> _Batch:
         """Check every message, name it, and encode it; nothing is stored unless all of them pass."""
         key_alone = naming.key is not None and naming.prefixes is None
-        faults = [f for each, at in zip(messages, places, strict=True) for f in _faults(each, at, key_alone)]
+        faults = [
+            fault
+            for each, at in zip(messages, places, strict=True)
+            for fault in _faults(each, at, key_alone=key_alone)
+        ]
         if faults:
             raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults)
         ids, follower = message_ids(messages, naming)
@@ -981,7 +1005,7 @@ def _refuse_repeated(ids: Sequence[str], places: Sequence[Path]) -> None:
         seen.add(message_id)
 
 
-def _faults(message: Any, at: Path, key_alone: bool) -> list[Fault]:
+def _faults(message: Any, at: Path, *, key_alone: bool) -> list[Fault]:
     """Return what is wrong with a message's own fields; what BSON cannot hold is `payloads`' matter."""
     if not isinstance(message, dict):
         return [Fault(payloads.json_path(at), "must be an object")]
@@ -1002,6 +1026,12 @@ def _faults(message: Any, at: Path, key_alone: bool) -> list[Fault]:
     except ValidationError as error:
         faults += faults_of(error, at)
     return faults
+
+
+def incoming_fault(message: Json) -> Fault | None:
+    """Return what is wrong first with a message that has an id, if anything is."""
+    faults = _faults(message, (), key_alone=False)
+    return faults[0] if faults else None
 
 
 def faults_of(error: ValidationError, at: Path) -> list[Fault]:
@@ -1092,12 +1122,15 @@ def _public(raw: bytes) -> Json:
 
 
 def _all_public(documents: Sequence[bytes]) -> list[Json]:
-    found = payloads.decode_all(documents)
-    for stored in found:
-        if "/" in stored["user_id"]:  # a tenant's
-            stored["conversation_id"] = own_id(stored["conversation_id"])
-            stored["user_id"] = own_id(stored["user_id"])
-    return [{"id": own_id(stored.pop("_id")), **stored} for stored in found]
+    return list(map(public, payloads.decode_all(documents)))
+
+
+def public(stored: Json) -> Json:
+    """Return a stored message as callers see it; it is used up."""
+    if "/" in stored["user_id"]:  # a tenant's
+        stored["conversation_id"] = own_id(stored["conversation_id"])
+        stored["user_id"] = own_id(stored["user_id"])
+    return {"id": own_id(stored.pop("_id")), **stored}
 
 
 def _fields(message: Json) -> Json:

@@ -44,7 +44,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from service.documents import ApiKey, Conversation, Message
+from service.documents import BY_ACTIVITY, ApiKey, Conversation, Erasure, Message
 from service.errors import (
     BatchTooLarge,
     ChatHistoryError,
@@ -204,10 +204,12 @@ class Database:
 
     async def _declare_documents(self, database: Any) -> None:
         """Bind the documents to the database, and make their indexes where they are missing."""
-        documents = [ApiKey, Conversation, Message]
+        documents = [ApiKey, Conversation, Erasure, Message]
         try:
             with pymongo.timeout(_INDEXES_TIMEOUT_S):
                 await init_beanie(database, document_models=documents, skip_indexes=not self._make_indexes)
+                if self._settings.retention_days and self._make_indexes:
+                    await Conversation.get_motor_collection().create_indexes([BY_ACTIVITY])
         except OperationFailure as error:
             if error.code in _AWAY:
                 raise

@@ -45,6 +45,8 @@ class Conversation(Document):
     updated_at: datetime
     last_seq: int = 0
     message_count: int = 0
+    # From when on it is removed, if ever.
+    expires_at: datetime | None = None
 
     class Settings:
         """Beanie's settings of the collection."""
@@ -58,7 +60,13 @@ class Conversation(Document):
                 [("user_id", ASCENDING), ("updated_at", DESCENDING), ("_id", ASCENDING)],
                 name="user_id_1_updated_at_-1__id_1",
             ),
+            # Those whose time has come. No TTL index: that would leave their messages behind.
+            IndexModel([("expires_at", ASCENDING)], name="expires_at_1"),
         ]
+
+
+# Those without activity, made only where a retention in days is set: it costs each append an entry.
+BY_ACTIVITY = IndexModel([("updated_at", ASCENDING)], name="updated_at_1")
 
 
 class MessageFields(BaseModel):
@@ -130,6 +138,20 @@ class ApiKey(Document):
 
         name = "api_keys"
         keep_nulls = True
+
+
+class Erasure(Document):
+    """The erasure of a user that is going on: who, and what is gone already. It ends with itself erased."""
+
+    id: str  # type: ignore[assignment]  # the owner's key
+    active_at: datetime
+    conversations: int = 0
+    messages: int = 0
+
+    class Settings:
+        """Beanie's settings of the collection."""
+
+        name = "erasures"
 
 
 # What only the service sets in a message. `_id` and `_exact_bson` are how it stores one.

@@ -116,6 +116,13 @@ class ConversationNotFound(ChatHistoryError):
     title = "There is no such conversation"
 
 
+class UserNotFound(ChatHistoryError):
+    """There is no such user for this caller."""
+
+    status = 404
+    title = "There is no such user"
+
+
 class MessageNotFound(ChatHistoryError):
     """The conversation has no such message."""
 

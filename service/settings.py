@@ -135,6 +135,13 @@ class Settings(BaseSettings):
         description="The owner of what is created through `/v1` without naming one.",
     )
 
+    retention_days: int | None = Field(
+        None, ge=1, description="Conversations without activity for so many days are removed, whole."
+    )
+    retention_days_by_tenant: dict[str, int] = Field(
+        {}, description="The same for single tenants (a JSON object), in the place of the one above."
+    )
+
     body_bytes_max: int = Field(32 * 1024 * 1024, ge=1024, description="The largest request body.")
     page_items_default: int = Field(50, ge=1, le=1_000, description="Items of a page when none is asked for.")
     page_items_max: int = Field(1_000, ge=1, le=1_000, description="The most items of one page.")

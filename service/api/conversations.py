@@ -43,7 +43,7 @@ async def create_conversation(request: Request, chat: Chat) -> Response:
     """Get or create a conversation."""
     body = await bodies.read_body(request, NewConversation)
     conversation, created = await chat.get_or_create_conversation(
-        body.user_id, body.id, title=body.title, metadata=body.metadata
+        body.user_id, body.id, title=body.title, metadata=body.metadata, expires_at=body.expires_at
     )
     headers = {"Location": f"/conversations/{conversation.id}"} if created else {}
     return json_response(schemas.conversation_out(conversation), 201 if created else 200, headers)
@@ -94,6 +94,7 @@ async def update_conversation(
         owner.user_id,
         title=body.title if "title" in given else UNSET,
         metadata=body.metadata if "metadata" in given else UNSET,
+        expires_at=body.expires_at if "expires_at" in given else UNSET,
     )
     return json_response(schemas.conversation_out(changed))
 

@@ -117,7 +117,7 @@ async def history(
     page_items(request, "last", query.last)
     page = await chat.get_chat_history(conversation_id, query.user_id, last=query.last, **filters)
     if _wants_lines(request):
-        return Response(_lines(page.messages), media_type=NDJSON)
+        return Response(schemas.lines(page.messages), media_type=NDJSON)
     return json_response(schemas.message_page(page))
 
 
@@ -140,17 +140,13 @@ async def _stream(
     first = await anext(parts)
 
     async def lines() -> AsyncIterator[bytes]:
-        yield _lines(first)
+        yield schemas.lines(first)
         # An error in here ends the connection without the last chunk, so that no client takes a
         # history that was cut short for a whole one.
         async for part in parts:
-            yield _lines(part)
+            yield schemas.lines(part)
 
     return StreamingResponse(lines(), media_type=NDJSON)
-
-
-def _lines(messages: list[Json]) -> bytes:
-    return b"".join(schemas.dumps(message) + b"\n" for message in messages)
 
 
 @router.delete(

@@ -16,6 +16,8 @@ from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError
 from service.auth import Principal
 from service.chat_service import ChatService
 from service.documents import Id
+from service.errors import UserNotFound
+from service.lifecycle import Lifecycle
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -40,6 +42,18 @@ async def _chat(request: Request) -> ChatService:
     principal.require("read" if request.method in _READING else "write")
     service: ChatService = request.app.state.chat
     return service.of(principal.scope)
+
+
+async def _users(request: Request) -> Lifecycle:
+    """Return what concerns users as a whole: for the user that the caller is, or for administrators."""
+    principal: Principal = request.state.principal
+    own = principal.scope.user_id
+    if own is None:
+        principal.require("admin")
+    elif own != request.path_params["user_id"]:
+        raise UserNotFound("There is none but yourself.")
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    return lifecycle.of(principal.scope)
 
 
 def query(model: type[M], ignored: frozenset[str] = frozenset()) -> Any:
@@ -120,6 +134,7 @@ def page_items(request: Request, name: str, items: int | None) -> None:
         raise RequestValidationError([{"loc": ("query", name), "msg": f"must be at most {most}"}])
 
 
+Users = Annotated[Lifecycle, Depends(_users)]
 Chat = Annotated[ChatService, Depends(_chat)]
 ConversationId = Annotated[Id, Path(description="The conversation's id.")]
 MessageId = Annotated[Id, Path(description="The message's id, unique in its conversation.")]

@@ -38,6 +38,19 @@ PageItems = Annotated[_Items, digits(_Items)]
 SeqParameter = Annotated[Seq, digits(Seq)]
 
 
+def _text(value: Any) -> Any:
+    """Refuse a number, which would be read as seconds since 1970."""
+    if not isinstance(value, str):
+        raise ValueError("must be a time, as text")  # noqa: TRY004  (what Pydantic turns into a fault)
+    return value
+
+
+# A body is read strictly, but JSON has no times: theirs come as text.
+Expiry = Annotated[
+    AwareDatetime, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)
+]
+
+
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -49,6 +62,7 @@ class NewConversation(_Closed):
     id: Id | None = Field(None, description="An id of your own; without it a new one is made.")
     title: Title | None = None
     metadata: dict[str, Any] | None = None
+    expires_at: Expiry | None = Field(None, description="From then on it is removed, with its messages.")
 
 
 class ConversationChanges(_Closed):
@@ -56,6 +70,7 @@ class ConversationChanges(_Closed):
 
     title: Title | None = None
     metadata: dict[str, Any] | None = Field(None, description="Replaces the metadata as a whole.")
+    expires_at: Expiry | None = None
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -91,6 +106,7 @@ class ConversationOut(BaseModel):
     updated_at: AwareDatetime
     last_seq: Seq
     message_count: Seq
+    expires_at: AwareDatetime | None = Field(None, description="Only where it is set.")
 
 
 class MessageOut(MessageFields):
@@ -151,6 +167,23 @@ class CutQuery(OwnerQuery):
     )
 
 
+class EraseQuery(BaseModel):
+    """The query of an erasure."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = Field(False, description="Count, and remove nothing.")
+
+
+class EraseReceipt(BaseModel):
+    """What an erasure removed, or would remove."""
+
+    user_id: Id
+    conversations: Seq
+    messages: Seq
+    dry_run: bool
+
+
 class HistoryQuery(OwnerQuery):
     """The query of a history."""
 
@@ -179,6 +212,11 @@ def dumps(value: Any) -> bytes:
     return orjson.dumps(value, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
 
 
+def lines(values: list[dict[str, Any]]) -> bytes:
+    """Encode values as lines of JSON."""
+    return b"".join(dumps(each) + b"\n" for each in values)
+
+
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Answer with JSON, without a detour through models: what is stored was checked when it came."""
     return Response(dumps(value), status, dict(headers or {}), "application/json")
@@ -186,7 +224,10 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 def conversation_out(conversation: Conversation) -> dict[str, Any]:
     """Shape a conversation as ConversationOut."""
-    return {name: getattr(conversation, name) for name in ConversationOut.model_fields}
+    shaped = {name: getattr(conversation, name) for name in ConversationOut.model_fields}
+    if shaped["expires_at"] is None:
+        del shaped["expires_at"]
+    return shaped
 
 
 def conversation_page(page: ConversationList) -> dict[str, Any]:

@@ -264,4 +264,5 @@ def test_the_indexes_are_the_ones_that_documents_declares(operator: Any) -> None
     messages = operator.messages.index_information()
     assert set(messages) == {"_id_", *INDEXES}
     assert messages["conversation_id_1_seq_1"]["unique"]
-    assert set(operator.conversations.index_information()) == {"_id_", "user_id_1_updated_at_-1__id_1"}
+    conversations = operator.conversations.index_information()
+    assert set(conversations) == {"_id_", "user_id_1_updated_at_-1__id_1", "expires_at_1"}

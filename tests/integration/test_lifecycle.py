@@ -1,0 +1,357 @@
+"""A user's data as a whole: erased, exported, imported, expired; each interrupted in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pymongo import MongoClient
+
+from tests.harness import Service, append, create, new_id, running, whole_history
+
+ODD = {
+    "role": "assistant",
+    "content": [{"$ref": "x", "$id": 1}, 1.0, 2**53 + 1],
+    "a.b": {"$set": None},
+    "é": "",
+}
+
+
+def command(service: Service, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        env=service.environment(),
+        cwd=service.directory,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def conversations_of(client: httpx.Client, user: str) -> list[Any]:
+    found: list[Any] = []
+    query: dict[str, Any] = {"user_id": user, "limit": 100}
+    while True:
+        page = client.get("/conversations", params=query).json()
+        found += page["data"]
+        if not page["has_more"]:
+            return found
+        query["cursor"] = page["next"]
+
+
+def filled(client: httpx.Client, user: str, conversations: int = 12) -> list[str]:
+    made = [create(client, new_id(), user=user) for _ in range(conversations)]
+    for number, each in enumerate(made):
+        if number % 4:  # some are empty
+            append(client, each, *({**ODD, "n": n} for n in range(number % 4)))
+    return made
+
+
+def everything(client: httpx.Client, user: str) -> Any:
+    listed = conversations_of(client, user)
+    return [(each, whole_history(client, each["id"])) for each in listed]
+
+
+# -- erasing -------------------------------------------------------------------------------------------
+
+
+def test_erasing_a_user_leaves_nothing_and_says_what_it_was(service: Service, client: httpx.Client) -> None:
+    user, other = new_id("user"), new_id("user")
+    filled(client, user, 130)
+    kept = filled(client, other, 3)
+    messages = sum(each["message_count"] for each in conversations_of(client, user))
+    said = {"user_id": user, "conversations": 130, "messages": messages}
+    assert client.delete(f"/users/{user}?dry_run=true").json() == {**said, "dry_run": True}
+    assert len(conversations_of(client, user)) == 130
+    assert client.delete(f"/users/{user}").json() == {**said, "dry_run": False}
+    assert client.delete(f"/users/{user}").json()["conversations"] == 0
+    assert [each["id"] for each in conversations_of(client, other)] == kept[::-1]
+    with MongoClient[dict[str, Any]](service.database_url) as operator:
+        database = operator.get_default_database()
+        for collection in database.list_collection_names():
+            assert user not in str(
+                list(database[collection].find({"$or": [{"user_id": user}, {"_id": user}]}))
+            )
+
+
+def test_an_erasure_that_was_killed_goes_on_and_its_receipt_is_of_all_of_it(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        with service.client() as client:
+            filled(client, "ada", 120)
+            expected = client.delete("/users/ada?dry_run=true").json()
+        failed: list[bool] = []
+
+        def erase() -> None:
+            with service.client() as client:
+                try:
+                    client.delete("/users/ada")
+                except httpx.TransportError:
+                    failed.append(True)
+
+        erasing = threading.Thread(target=erase)
+        erasing.start()
+        with service.client() as client:
+            while len(conversations_of(client, "ada")) > 90:
+                time.sleep(0.01)
+        service.kill()
+        erasing.join()
+        assert failed
+        service.start()
+        with service.client() as client:
+            left = conversations_of(client, "ada")
+            assert 0 < len(left) < 120
+            # What was not erased yet is whole.
+            for each in left:
+                assert len(whole_history(client, each["id"])) == each["message_count"]
+            assert client.delete("/users/ada").json() == {**expected, "dry_run": False}
+            assert conversations_of(client, "ada") == []
+        assert "0 violations" in command(service, "verify").stdout
+
+
+def test_an_erasure_that_nobody_repeats_is_finished_by_the_service(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        with service.client() as client:
+            filled(client, "ada", 5)
+        with MongoClient[dict[str, Any]](service.database_url) as operator:
+            begun = {"_id": "ada", "active_at": datetime.now(UTC) - timedelta(hours=1), "conversations": 7}
+            operator.get_default_database().erasures.insert_one({**begun, "messages": 9})
+        service.stop()
+        service.start()
+        with service.client() as client:
+            deadline = time.monotonic() + 20
+            while conversations_of(client, "ada") and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert conversations_of(client, "ada") == []
+        assert "erasures_finished" in service.output()
+
+
+# -- exporting and importing -----------------------------------------------------------------------------
+
+
+def export(service: Service, user: str, path: Path) -> list[Any]:
+    with service.client() as client, client.stream("GET", f"/users/{user}/export") as response:
+        assert response.status_code == 200
+        path.write_bytes(response.read())
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line]
+
+
+def test_an_export_is_taken_back_exactly(tmp_path: Path) -> None:
+    file = tmp_path / "ada.ndjson"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with running(tmp_path / "one") as service, service.client() as client:
+        made = filled(client, "ada", 15)
+        body = {
+            "title": "t\u2028",
+            "metadata": {"$ref": 1, "a.b": {"z": 1, "a": 1.0}},
+            "expires_at": "2100-01-01T00:00:00Z",
+        }
+        client.patch(f"/conversations/{made[0]}", json=body).raise_for_status()
+        append(client, made[1], *({"role": "user", "content": f"{n}"} for n in range(1_000)))
+        append(client, made[1], *({"role": "user", "content": "x" * 100_000} for n in range(100)))
+        client.delete(f"/conversations/{made[1]}/messages/{whole_history(client, made[1])[5]['id']}")
+        before = everything(client, "ada")
+        lines = export(service, "ada", file)
+        assert lines[0]["type"] == "export"
+        assert lines[-1] == {"type": "end", "conversations": 15, "messages": sum(len(m) for _, m in before)}
+    with running(tmp_path / "two") as service, service.client() as client:
+        dry = command(service, "import", "--dry-run", str(file))
+        assert (dry.returncode, conversations_of(client, "ada")) == (0, []), dry.stderr
+        done = command(service, "import", str(file))
+        assert done.returncode == 0, done.stderr
+        assert "15 conversations" in done.stdout
+        after = everything(client, "ada")
+        assert json.dumps(after) == json.dumps(before)
+        again = command(service, "import", str(file))
+        assert (again.returncode, "15 conversations were there" in again.stdout) == (0, True), again.stderr
+        # The seq goes on where it was.
+        assert (
+            append(client, made[1], {"role": "user"})[0]["seq"]
+            == before[[c["id"] for c, _ in before].index(made[1])][0]["last_seq"] + 1
+        )
+        changed = command(service, "import", str(file))
+        assert changed.returncode == 1
+        assert made[1] in changed.stderr
+        assert "0 violations" in command(service, "verify").stdout
+        # Into a tenant, the same ids once more.
+        assert command(service, "import", "--tenant", "acme", str(file)).returncode == 0
+        assert "0 violations" in command(service, "verify").stdout
+
+
+def test_an_import_that_was_killed_goes_on_and_shows_no_half_of_a_conversation(tmp_path: Path) -> None:
+    file = tmp_path / "ada.ndjson"
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    with running(tmp_path / "one") as service, service.client() as client:
+        made = [create(client, new_id(), user="ada") for _ in range(4)]
+        for each in made:
+            for _ in range(4):
+                append(client, each, *({"role": "user", "content": f"{n}" * 200} for n in range(1_000)))
+        before = everything(client, "ada")
+        export(service, "ada", file)
+    with running(tmp_path / "two") as service:
+        # With an engine of its own, which ends with it; one that others share would keep a lock for a minute.
+        service.stop()
+        kills = 0
+        for pause in (1.5, 2.0, 2.5, 3.5):
+            importing = subprocess.Popen(
+                [sys.executable, "-m", "service", "import", str(file)],
+                env=service.environment(),
+                cwd=service.directory,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            try:
+                importing.wait(pause)
+            except subprocess.TimeoutExpired:
+                os.kill(importing.pid, signal.SIGKILL)
+                importing.wait()
+                kills += 1
+        assert kills
+        service.start()
+        with service.client() as client:
+            for each in conversations_of(client, "ada"):
+                assert each["message_count"] == len(whole_history(client, each["id"])) == 4_000
+            done = command(service, "import", str(file))
+            assert done.returncode == 0, done.stderr
+            assert json.dumps(everything(client, "ada")) == json.dumps(before)
+
+
+CONVERSATION = {
+    "type": "conversation",
+    "id": "c",
+    "user_id": "ada",
+    "title": None,
+    "metadata": {},
+    "created_at": "2026-01-01T00:00:00.000Z",
+    "updated_at": "2026-01-01T00:00:00.000Z",
+    "last_seq": 1,
+    "message_count": 1,
+}
+MESSAGE = {
+    "id": "m",
+    "conversation_id": "c",
+    "user_id": "ada",
+    "seq": 1,
+    "created_at": "2026-01-01T00:00:00.000Z",
+    "role": "user",
+}
+HEAD, END = {"type": "export", "version": 1}, {"type": "end", "conversations": 1, "messages": 1}
+
+
+def message(**changes: Any) -> Any:
+    return {"type": "message", "message": {**MESSAGE, **changes}}
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "no export"),
+        ([{"type": "export", "version": 2}], "no export"),
+        ([HEAD, CONVERSATION, message()], "cut short"),
+        ([HEAD, CONVERSATION, message(), {**END, "conversations": 2}], "cut short"),
+        ([HEAD, CONVERSATION, END], "message_count"),
+        ([HEAD, CONVERSATION, message(), message(id="n"), END], "seq"),
+        ([HEAD, CONVERSATION, message(seq=2), END], "seq"),
+        ([HEAD, CONVERSATION, message(seq=True), END], "seq"),
+        ([HEAD, CONVERSATION, message(role="robot"), END], "role"),
+        ([HEAD, CONVERSATION, message(id="a/b"), END], "id"),
+        ([HEAD, CONVERSATION, message(id=None), END], "id"),
+        ([HEAD, CONVERSATION, message(user_id="bob"), END], "another user"),
+        ([HEAD, CONVERSATION, message(created_at="soon"), END], "created_at"),
+        ([HEAD, CONVERSATION, message(created_at="2026-01-01T00:00:00"), END], "zone"),
+        ([HEAD, {**CONVERSATION, "id": "a/b"}, message(), END], "id"),
+        ([HEAD, {**CONVERSATION, "user_id": ""}, message(), END], "user_id"),
+        ([HEAD, {**CONVERSATION, "more": 1}, message(), END], "more"),
+        ([HEAD, [], END], "line 2"),
+    ],
+)
+def test_what_is_no_whole_export_is_refused_with_its_line(
+    service: Service, client: httpx.Client, tmp_path: Path, lines: list[Any], says: str
+) -> None:
+    conversation = new_id()
+    file = tmp_path / "bad.ndjson"
+    text = "".join(json.dumps(each).replace('"c"', f'"{conversation}"') + "\n" for each in lines)
+    file.write_text(text)
+    done = command(service, "import", str(file))
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "line " in done.stderr
+    assert "Traceback" not in done.stderr
+    if "cut short" not in says:
+        assert client.get(f"/conversations/{conversation}").status_code == 404
+
+
+# -- expiring ------------------------------------------------------------------------------------------
+
+
+def test_an_expired_conversation_is_removed_whole_and_others_stay(tmp_path: Path) -> None:
+    past, future = "2020-01-01T00:00:00Z", "2100-01-01T00:00:00Z"
+    with running(tmp_path) as service, service.client() as client:
+        made = {}
+        for name, expires_at in (("past", past), ("future", future), ("none", None)):
+            body = {"user_id": "ada", "id": name, "expires_at": expires_at}
+            made[name] = client.post("/conversations", json=body).json()
+            append(client, name, {"role": "user"}, {"role": "user"})
+        assert made["future"]["expires_at"] == "2100-01-01T00:00:00.000Z"
+        assert "expires_at" not in made["none"]
+        dry = command(service, "expire", "--dry-run").stdout
+        assert dry == "1 conversations with 2 messages would expire\n"
+        assert client.get("/conversations/past").status_code == 200
+        assert command(service, "expire").stdout == "1 conversations with 2 messages expired\n"
+        assert client.get("/conversations/past").status_code == 404
+        assert client.get("/conversations/past/messages").status_code == 404
+        assert {each["id"] for each in conversations_of(client, "ada")} == {"future", "none"}
+        # It may be given later, and taken back.
+        assert client.patch("/conversations/none", json={"expires_at": past}).json()["expires_at"]
+        assert "expires_at" not in client.patch("/conversations/none", json={"expires_at": None}).json()
+        assert command(service, "expire").stdout.startswith("0 conversations")
+        for bad in (7, "soon", "2020-01-01T00:00:00"):
+            response = client.patch("/conversations/none", json={"expires_at": bad})
+            assert response.status_code == 422
+            assert response.json()["errors"][0]["path"] == "$.expires_at"
+
+
+def test_what_had_no_activity_for_too_long_is_removed_by_the_service_by_tenant(tmp_path: Path) -> None:
+    settings = {"retention_days": 30, "retention_days_by_tenant": '{"acme": 10, "keeps": 3650}'}
+    now = datetime.now(UTC)
+    with running(tmp_path, **settings) as service:
+        with MongoClient[dict[str, Any]](service.database_url) as operator:
+            about = {
+                "title": None,
+                "metadata": {},
+                "exact_metadata": None,
+                "created_at": now - timedelta(days=400),
+            }
+            operator.get_default_database().conversations.insert_many(
+                {
+                    "_id": f"{tenant}{days}-{n}",
+                    "user_id": f"{tenant}ada",
+                    "updated_at": now - timedelta(days=days),
+                    "last_seq": 0,
+                    "message_count": 0,
+                    **about,
+                }
+                for tenant in ("", "acme/", "keeps/")
+                for days in (5, 20, 40, 300)
+                for n in range(60)
+            )
+        service.stop()
+        service.start()
+        with MongoClient[dict[str, Any]](service.database_url) as operator:
+            conversations = operator.get_default_database().conversations
+            deadline = time.monotonic() + 60
+            while conversations.count_documents({}) > 420 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            left = {each["_id"].rpartition("-")[0] for each in conversations.find()}
+        assert left == {"5", "20", "acme/5", "keeps/5", "keeps/20", "keeps/40", "keeps/300"}
