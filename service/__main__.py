@@ -53,6 +53,8 @@ def serve(
     """Run the service: on CHAT_MONGODB_URL, or with the embedded engine as its child."""
     settings = _settings(host=host, port=port, workers=workers, insecure=insecure)
     _refuse_to_be_open(settings)
+    if settings.tracing and not _tracing_is_installed():
+        _fail("CHAT_TRACING needs the extra: pip install 'chat-history-database[otel]'.")
     logs.configure(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
@@ -66,6 +68,12 @@ def serve(
         scheme = "http" if settings.tls_cert is None else "https"
         print(f"Chat History Database: {scheme}://{settings.host}:{settings.port}/docs", flush=True)
         _run(settings)
+
+
+def _tracing_is_installed() -> bool:
+    from service import tracing
+
+    return tracing.is_installed()
 
 
 def _refuse_to_be_open(settings: Settings) -> None:

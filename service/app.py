@@ -18,9 +18,11 @@ from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from service import logs
+from service import logs, metrics, tracing
 from service.api import conversations, health, messages, openai, openai_schemas, problems, security, users
+from service.api import metrics as metrics_route
 from service.api.schemas import ConversationChanges, NewConversation, NewMessage, NewMessages
+from service.audit import Audit
 from service.auth import Authenticator
 from service.chat_service import ChatService
 from service.database import Database
@@ -51,6 +53,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(openai.router)
     app.include_router(users.router)
     app.include_router(health.router)
+    if settings.metrics:
+        metrics.enable()
+        app.include_router(metrics_route.router)
     problems.install(app, settings.retry_after_s)
     app.add_middleware(security.Gate, settings=settings)
     if settings.cors_origins:
@@ -63,6 +68,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         )
     app.add_middleware(security.SecurityHeaders, settings=settings)
     app.add_middleware(logs.RequestLog, on_failure=_failed)
+    if settings.tracing:
+        app.state.end_tracing = tracing.enable(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
@@ -84,6 +91,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
     """Open the resources, and close them in reverse."""
     settings: Settings = app.state.settings
     async with contextlib.AsyncExitStack() as stack:
+        if settings.tracing:
+            stack.callback(app.state.end_tracing)
         app.state.database = Database(settings)
         await app.state.database.open()
         stack.push_async_callback(app.state.database.close)
@@ -92,6 +101,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         app.state.keys = Keys(app.state.database, settings)
         app.state.authenticator = Authenticator(settings, app.state.keys)
         stack.push_async_callback(_cancel, asyncio.create_task(_tidy(app.state.chat, app.state.lifecycle)))
+        if settings.audit_days:
+            app.state.audit = Audit(app.state.database)
+            app.state.audit.start()
+            stack.push_async_callback(app.state.audit.stop)
         _stop_with_parent()
         yield {"settings": settings, "overloaded": logs.RequestLog(_overloaded, on_failure=_failed)}
 

@@ -41,7 +41,7 @@ from pydantic import TypeAdapter, ValidationError
 from pymongo import ASCENDING, DESCENDING
 from pymongo.errors import DuplicateKeyError
 
-from service import payloads
+from service import metrics, payloads
 from service.database import Database, Transaction
 from service.documents import (
     NOBODY,
@@ -571,8 +571,13 @@ class ChatService:
                 stored = await self._write(key, store, transaction)
             except DuplicateKeyError:
                 stored = await self._stored_before(key, owner, batch)
-                return Appended(stored, replayed=not transaction.may_have_committed)
-            return Appended(stored, replayed=False)
+                replayed = not transaction.may_have_committed
+            else:
+                replayed = False
+        metrics.count("replays" if replayed else "appends")
+        if not replayed:
+            metrics.count("messages_appended", len(stored))
+        return Appended(stored, replayed)
 
     def _incoming(
         self, messages: Sequence[Mapping[str, Any]], places: Sequence[Path], naming: Naming

@@ -44,7 +44,8 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from service.documents import BY_ACTIVITY, ApiKey, Conversation, Erasure, Message
+from service import metrics
+from service.documents import BY_ACTIVITY, ApiKey, AuditEntry, Conversation, Erasure, Message
 from service.errors import (
     BatchTooLarge,
     ChatHistoryError,
@@ -204,12 +205,14 @@ class Database:
 
     async def _declare_documents(self, database: Any) -> None:
         """Bind the documents to the database, and make their indexes where they are missing."""
-        documents = [ApiKey, Conversation, Erasure, Message]
+        documents = [ApiKey, AuditEntry, Conversation, Erasure, Message]
         try:
             with pymongo.timeout(_INDEXES_TIMEOUT_S):
                 await init_beanie(database, document_models=documents, skip_indexes=not self._make_indexes)
                 if self._settings.retention_days and self._make_indexes:
                     await Conversation.get_motor_collection().create_indexes([BY_ACTIVITY])
+                if self._settings.audit_days and self._make_indexes:
+                    await self._keep_audit(self._settings.audit_days)
         except OperationFailure as error:
             if error.code in _AWAY:
                 raise
@@ -218,9 +221,22 @@ class Database:
                 "stored contradicts it. `chat-history verify` says more."
             ) from error
 
+    async def _keep_audit(self, days: int) -> None:
+        """Have the database remove entries of the audit trail that are older than this."""
+        collection, seconds = AuditEntry.get_motor_collection(), days * 86_400
+        name = "at_1"
+        existing = await collection.index_information()
+        if name in existing and existing[name].get("expireAfterSeconds") != seconds:
+            await collection.drop_index(name)  # another number of days
+        await collection.create_index([("at", 1)], name=name, expireAfterSeconds=seconds)
+
     def _connect(self, *, retry_writes: bool | None) -> AsyncIOMotorClient[dict[str, Any]]:
         settings = self._settings
         options: dict[str, Any] = {} if retry_writes is None else {"retryWrites": retry_writes}
+        if settings.mongodb_tls_ca is not None:
+            options |= {"tls": True, "tlsCAFile": str(settings.mongodb_tls_ca)}
+        if settings.mongodb_tls_cert is not None:
+            options |= {"tls": True, "tlsCertificateKeyFile": str(settings.mongodb_tls_cert)}
         return AsyncIOMotorClient(
             settings.url,
             appname="chat-history",
@@ -231,6 +247,7 @@ class Database:
             readConcernLevel="majority",
             readPreference="primary",
             connectTimeoutMS=settings.server_selection_timeout_ms,
+            event_listeners=metrics.listeners(),
             **options,
         )
 
@@ -302,6 +319,7 @@ class Database:
             stop=stop_after_delay(self._settings.database_timeout_ms / 1000),
             reraise=True,
         ):
+            metrics.count("transaction_retries")
             with attempt:
                 return await self._run_once(transaction, work)
         raise AssertionError("unreachable: the last attempt returns or raises")

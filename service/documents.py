@@ -140,6 +140,25 @@ class ApiKey(Document):
         keep_nulls = True
 
 
+class AuditEntry(Document):
+    """One line of the audit trail: who did what to which conversation, and how it ended."""
+
+    at: datetime
+    principal: str
+    tenant: str
+    method: str
+    route: str
+    status: int
+    request_id: str
+    conversation_id: str | None = None
+    user_id: str | None = None
+
+    class Settings:
+        """Beanie's settings of the collection."""
+
+        name = "audit"
+
+
 class Erasure(Document):
     """The erasure of a user that is going on: who, and what is gone already. It ends with itself erased."""
 

@@ -27,7 +27,7 @@ from typing import IO
 
 import structlog
 
-from service import embedded_guard
+from service import embedded_guard, metrics
 from service.settings import Settings
 
 _HOST = "127.0.0.1"
@@ -187,6 +187,7 @@ class EmbeddedEngine:
                 return
             failures = 1 if time.monotonic() - began > _START_TIMEOUT_S else failures + 1
             pause = _RESTART_S[min(failures, len(_RESTART_S)) - 1]
+            metrics.count("engine_restarts")
             log.warning("engine_ended", exit_code=code, restart_in_s=pause)
             if self._stopping.wait(pause):
                 return

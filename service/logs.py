@@ -16,6 +16,7 @@ import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import metrics
 from service.settings import Settings
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}\Z")
@@ -125,6 +126,7 @@ class RequestLog:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
+        scope.setdefault("state", {})["request_id"] = request_id
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self._app(scope, receive, send_named)
@@ -135,8 +137,9 @@ class RequestLog:
                 raise
             await self._on_failure(scope, receive, send_named)
         finally:
-            ms = round((time.perf_counter() - began) * 1000, 1)
-            _log_request(scope, status, ms)
+            seconds = time.perf_counter() - began
+            metrics.request(scope["method"], _route(scope), status, seconds)
+            _log_request(scope, status, round(seconds * 1000, 1))
             structlog.contextvars.unbind_contextvars("request_id")
 
 
@@ -145,6 +148,9 @@ def _log_request(scope: Scope, status: int, ms: float) -> None:
     conversation_id = scope.get("path_params", {}).get("conversation_id")
     if conversation_id is not None:
         facts["conversation_id"] = conversation_id[:128]
+    principal = scope.get("state", {}).get("principal")
+    if principal is not None and principal.name != "anybody":
+        facts["principal"] = principal.name
     problem = scope.get("state", {}).get("problem")
     if problem is not None:
         facts["problem"] = problem

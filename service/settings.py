@@ -84,6 +84,10 @@ class Settings(BaseSettings):
         None,
         description="A replica set or a sharded cluster. Unset: the embedded engine is started.",
     )
+    mongodb_tls_ca: Path | None = Field(None, description="The authority (PEM) that signed MongoDB's.")
+    mongodb_tls_cert: Path | None = Field(
+        None, description="This service's own certificate and key (PEM), if MongoDB asks for one."
+    )
     database: str = Field(
         "chat_history",
         pattern=r"^[A-Za-z0-9_-]{1,38}$",
@@ -149,6 +153,17 @@ class Settings(BaseSettings):
         32 * 1024 * 1024, ge=1024, description="A page ends early beyond this; `has_more` says so."
     )
     batch_items_max: int = Field(1_000, ge=1, le=1_000, description="The most messages of one append.")
+
+    metrics: bool = Field(False, description="Serve `/metrics` for Prometheus.")
+    metrics_token: SecretStr | None = Field(
+        None, description="The bearer token that `/metrics` wants; without it, it is for this machine only."
+    )
+    audit_days: int | None = Field(
+        None, ge=1, description="Keep an audit trail for so many days (the collection `audit`)."
+    )
+    tracing: bool = Field(
+        False, description="Send traces by OpenTelemetry (the extra `otel`); `OTEL_*` variables configure it."
+    )
 
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="`auto` is console in a terminal and JSON elsewhere."

@@ -45,6 +45,7 @@ async def create_conversation(request: Request, chat: Chat) -> Response:
     conversation, created = await chat.get_or_create_conversation(
         body.user_id, body.id, title=body.title, metadata=body.metadata, expires_at=body.expires_at
     )
+    request.state.audited = {"conversation_id": conversation.id, "user_id": conversation.user_id}
     headers = {"Location": f"/conversations/{conversation.id}"} if created else {}
     return json_response(schemas.conversation_out(conversation), 201 if created else 200, headers)
 
@@ -61,6 +62,7 @@ async def list_conversations(
     """List a user's conversations, latest activity first."""
     page_items(request, "limit", query.limit)
     after = schemas.position(query.cursor) if query.cursor is not None else None
+    request.state.audited = {"user_id": query.user_id}
     page = await chat.list_conversations(query.user_id, limit=query.limit, after=after)
     return json_response(schemas.conversation_page(page))
 

@@ -108,6 +108,7 @@ async def create_conversation(request: Request, chat: Chat, user: User, key: Ide
         prefixes=list(map(openai_items.id_prefix, items)),
         field="items",
     )
+    request.state.audited = {"conversation_id": conversation.id, "user_id": conversation.user_id}
     return json_response(_conversation(conversation))
 
 
@@ -136,6 +137,7 @@ async def list_conversations(
     owner = query.user or user or request.app.state.settings.default_user_id
     if user is not None and owner != user:
         raise ConversationNotFound("There are no conversations of another user.")
+    request.state.audited = {"user_id": owner}
     position = None
     if query.after is not None:
         after = await chat.get_conversation(query.after, owner)

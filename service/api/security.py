@@ -14,7 +14,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import respond
+from service.audit import Audit
 from service.auth import ANYBODY, Authenticator, Principal
+from service.chat_service import is_id
 from service.errors import ChatHistoryError, TooManyRequests, Unauthenticated
 from service.settings import Settings
 
@@ -89,16 +91,39 @@ class Gate:
             state["problem"] = error.slug()
             await respond(error, scope, self._settings.retry_after_s)(scope, receive, send)
             return
-        if not said:
-            await self._app(scope, receive, send)
-            return
+        status = 500  # what it becomes where nothing else was answered
 
         async def send_with(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 MutableHeaders(scope=message).update(said)
             await send(message)
 
-        await self._app(scope, receive, send_with)
+        if not said and not self._settings.audit_days:
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send_with)
+        finally:
+            if self._settings.audit_days and scope["path"] not in PUBLIC:
+                self._note(scope, state["principal"], status)
+
+    @staticmethod
+    def _note(scope: Scope, principal: Principal, status: int) -> None:
+        """Note who did what to which conversation, in the audit trail."""
+        audit: Audit = scope["app"].state.audit
+        named = {**scope.get("path_params", {}), **scope["state"].get("audited", {})}
+        audit.note(
+            principal=principal.name,
+            tenant=principal.scope.tenant,
+            method=scope["method"],
+            route=str(getattr(scope.get("route"), "path", "(none)")),
+            status=status,
+            request_id=scope["state"].get("request_id", ""),
+            conversation_id=_word(named.get("conversation_id")),
+            user_id=_word(named.get("user_id")),
+        )
 
     async def _principal(self, scope: Scope, said: dict[str, str]) -> Principal:
         """Return who is calling, and put into `said` what is left of the rates."""
@@ -125,6 +150,11 @@ class Gate:
             raise
         self._known_good[hash(credential)] = True
         return principal
+
+
+def _word(text: str | None) -> str | None:
+    """Return what is an id, or nothing: a path may hold anything."""
+    return text if text is not None and is_id(text) else None
 
 
 def _credential(headers: Headers) -> str | None:

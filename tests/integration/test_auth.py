@@ -387,6 +387,29 @@ def test_two_tenants_may_use_the_same_ids_and_never_see_each_other(
         assert http.get(f"/conversations/{shared}/messages").json()["data"] == [seen["other"][1]]
 
 
+def test_a_user_is_erased_and_exported_in_one_tenant_by_its_administrator_or_herself(
+    closed: Service, issuer: Issuer
+) -> None:
+    user = new_id("user")
+    admins = {
+        tenant: new_key(closed, "read", "write", "admin", tenant=tenant) for tenant in ("acme", "other")
+    }
+    for tenant, key in admins.items():
+        with client(closed, key) as http:
+            http.post("/conversations", json={"user_id": user, "id": f"{tenant}-{user}"}).raise_for_status()
+    exported = get(closed, f"/users/{user}/export", admins["acme"])
+    assert [line.count(f"acme-{user}") for line in exported.text.splitlines()] == [0, 1, 0]
+    with client(closed, issuer.token("mallory")) as http:
+        assert http.delete(f"/users/{user}").status_code == 404
+        assert http.get(f"/users/{user}/export").status_code == 404
+    with client(closed, issuer.token(user)) as http:
+        assert http.get(f"/users/{user}/export").text.count("acme-") == 1
+        assert http.delete(f"/users/{user}").json()["conversations"] == 1
+        assert http.delete(f"/users/{user}").json()["conversations"] == 0
+    assert get(closed, f"/conversations/other-{user}", admins["other"]).status_code == 200
+    assert get(closed, f"/conversations/acme-{user}", admins["acme"]).status_code == 404
+
+
 @pytest.mark.parametrize("where", ["acme/x", "acme%2Fx", "..%2Facme%2Fx", "%2e%2e/acme"])
 def test_no_id_reaches_into_a_tenant(closed: Service, acme: str, where: str) -> None:
     with client(closed, acme) as http:

@@ -15,9 +15,23 @@ LAYERS = {
     "documents": {"roles"},
     "roles": set(),
     "openai_items": {"roles"},
-    "database": {"documents", "errors", "payloads", "settings"},
+    "metrics": set(),
+    "database": {"documents", "errors", "metrics", "payloads", "settings"},
     "scopes": {"errors"},
-    "chat_service": {"database", "documents", "errors", "payloads", "roles", "scopes", "settings"},
+    "chat_service": {
+        "database",
+        "documents",
+        "errors",
+        "metrics",
+        "payloads",
+        "roles",
+        "scopes",
+        "settings",
+    },
+    "keys": {"database", "documents", "errors", "settings"},
+    "auth": {"errors", "keys", "scopes", "settings"},
+    "lifecycle": {"chat_service", "database", "documents", "errors", "payloads", "scopes", "settings"},
+    "audit": {"database", "documents", "errors"},
 }
 
 
