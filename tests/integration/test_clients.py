@@ -21,7 +21,7 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
-from openai import AsyncOpenAI
+from openai import AsyncOpenAI, BadRequestError, NotFoundError
 from pydantic_ai import Agent as PydanticAgent
 from pydantic_ai import ModelMessagesTypeAdapter
 from pydantic_ai.messages import (
@@ -405,6 +405,53 @@ async def test_an_agent_of_the_sdk_remembers_with_openais_own_session(service: S
         await session.clear_session()
         with service.client() as client:
             assert client.get(f"/conversations/{conversation}").status_code == 404
+
+
+async def test_openais_own_session_behaves_over_http_as_its_own_tests_say(service: Service) -> None:
+    """What the SDK's tests of it ask of a stubbed client, asked of the service."""
+    async with AsyncOpenAI(base_url=service.url + "/v1", api_key="none", max_retries=0) as ai:
+        session = OpenAIConversationsSession(openai_client=ai)
+        # It makes no conversation before it needs one.
+        await session.add_items([])
+        await session.clear_session()
+        with pytest.raises(ValueError, match="not yet available"):
+            _ = session.session_id
+        assert await session.pop_item() is None
+        first = session.session_id
+        await session.clear_session()
+        # First writes at once share one conversation.
+        await asyncio.gather(*(session.add_items([says(f"{n}")]) for n in range(5)))
+        second = session.session_id
+        assert second != first
+        assert len(await session.get_items()) == 5
+        # A limit beyond a page is cut behind the paging; order is that of adding, over many requests.
+        await session.add_items([says(f"{n}") for n in range(250)])
+        found: Any = await session.get_items(limit=220)
+        assert [item["content"][0]["text"] for item in found] == [f"{n}" for n in range(30, 250)]
+        assert await session.get_items(limit=0) == []
+        # Ids that the model gave are kept, of types that nobody has heard of, too.
+        program: Any = {"id": "prog_1", "type": "program", "call_id": "c", "code": "x", "fingerprint": "f"}
+        await session.add_items([program])
+        assert (await session.get_items(limit=1)) == [program]
+        assert await session.pop_item() == program
+        # Two sessions are two conversations.
+        other = OpenAIConversationsSession(openai_client=ai)
+        await other.add_items([says("other")])
+        assert other.session_id != second
+        assert len(await other.get_items()) == 1
+        # What is refused is refused whole, and what was there stays.
+        wrong: Any = [says("fine"), {"type": "x", "id": "no id"}]
+        with pytest.raises(BadRequestError) as refused:
+            await session.add_items(wrong)
+        assert refused.value.param == "items[1].id"
+        assert len(await session.get_items()) == 255
+        # Deleted by somebody else, it is an error, and the session keeps its id.
+        await ai.conversations.delete(second)
+        with pytest.raises(NotFoundError):
+            await session.clear_session()
+        assert session.session_id == second
+        resumed = OpenAIConversationsSession(conversation_id=other.session_id, openai_client=ai)
+        assert await resumed.get_items() == await other.get_items()
 
 
 # -- LangChain -----------------------------------------------------------------------------------------
