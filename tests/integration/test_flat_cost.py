@@ -12,6 +12,7 @@ from pymongo.database import Database as MongoDatabase
 
 from service.chat_service import ChatService, list_query
 from service.database import Database
+from service.errors import ConversationNotFound
 from service.settings import Settings
 from tests.harness import Service, new_id
 
@@ -266,3 +267,41 @@ def test_the_indexes_are_the_ones_that_documents_declares(operator: Any) -> None
     assert messages["conversation_id_1_seq_1"]["unique"]
     conversations = operator.conversations.index_information()
     assert set(conversations) == {"_id_", "user_id_1_updated_at_-1__id_1", "expires_at_1"}
+
+
+async def test_what_is_not_yours_costs_what_is_not_there(counted: Any) -> None:
+    """The same commands, answered alike: there is no work by whose time one could tell the two apart."""
+    chat, commands, _ = counted
+    hers, (missing, other) = new_id(), (new_id(), new_id())
+    await chat.get_or_create_conversation("ada", hers)
+    stored = (await chat.add_message(hers, {"role": "user"}, idempotency_key="k")).messages[0]
+    verbs: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
+        (chat.get_conversation, (), {}),
+        (chat.update_conversation, (), {"title": "x"}),
+        (chat.get_chat_history, (), {"last": 5}),
+        (chat.get_message, (stored["id"],), {}),
+        (chat.add_message, ({"role": "user"},), {"idempotency_key": "k"}),
+        (chat.delete_message, (stored["id"],), {}),
+        (chat.pop_message, (), {}),
+        (chat.delete_messages, (), {}),
+        (chat.delete_conversation, (), {}),
+    ]
+    for verb, arguments, options in verbs:
+        shapes = []
+        for conversation in (hers, missing, other):
+            commands.sent.clear()
+            with pytest.raises(ConversationNotFound):
+                await verb(conversation, *arguments, user_id="bob", **options)
+            text = str([_without_times(each) for each in commands.sent])
+            shapes.append(text.replace(conversation, "ID"))
+        assert shapes[0] == shapes[1] == shapes[2], verb
+
+
+def _without_times(command: Any) -> Any:
+    """A command as what it asks for: without the session, its number, and the clock."""
+    asked = {
+        name: value for name, value in command.items() if name not in {"lsid", "txnNumber", "$clusterTime"}
+    }
+    for update in asked.get("updates", []):
+        update["u"].pop("$max", None)
+    return asked
