@@ -15,7 +15,7 @@ SECRET = "PLANTED-s3cr3t"
 
 def fail() -> None:
     try:
-        raise KeyError(SECRET)
+        _ = {}[SECRET]
     except KeyError as error:
         raise ValueError(f"{SECRET} in a text") from error
 
