@@ -16,6 +16,7 @@ from service.errors import (
     InvalidRequest,
     MessageNotFound,
 )
+from tests.unit.conftest import MockDatabase
 
 
 async def test_a_conversation_is_got_or_created(chat: ChatService) -> None:
@@ -145,3 +146,27 @@ def test_message_ids_come_from_the_key_or_an_own_id_or_chance() -> None:
     assert all(re.fullmatch(r"[A-Za-z0-9._:@~-]{1,128}", each) for each in keyed)
     # A caller may name a message like a key; the two do not meet.
     assert message_ids([{"id": "k"}, {}], Naming())[0][1] != keyed[1]
+
+
+class LosesItsAnswers(MockDatabase):
+    """Every commit takes effect and its answer is lost, so all work is run once more."""
+
+    async def transaction(self, work: Any, transaction: Transaction | None = None) -> Any:
+        transaction = transaction or Transaction()
+        await work(transaction)
+        transaction.may_have_committed = True
+        return await work(transaction)
+
+
+async def test_work_that_had_committed_already_is_not_done_again(chat: ChatService) -> None:
+    conversation, _ = await chat.get_or_create_conversation("ada", "c")
+    stored = (await chat.add_messages("c", [{"role": "user", "content": f"{n}"} for n in range(4)])).messages
+    losing = ChatService(LosesItsAnswers(chat._settings), chat._settings)
+    assert await losing.pop_message("c") == stored[3]
+    await losing.delete_message("c", stored[0]["id"])
+    assert (await chat.get_chat_history("c")).messages == stored[1:3]
+    appended = await losing.add_message("c", {"role": "user", "content": "once"})
+    assert (appended.replayed, len((await chat.get_chat_history("c")).messages)) == (False, 3)
+    await losing.delete_conversation("c")
+    with pytest.raises(ConversationNotFound):
+        await chat.get_conversation("c")

@@ -84,3 +84,4 @@ def test_nothing_is_stored_twice() -> None:
         "content": "x" * 1_000,
         "openai_item": {"type": "function_call_output", "call_id": None, "output": None},
     }
+    assert openai_items.message_of({"id": "fco_1", **item}) == message
