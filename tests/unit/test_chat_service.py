@@ -159,7 +159,7 @@ class LosesItsAnswers(MockDatabase):
 
 
 async def test_work_that_had_committed_already_is_not_done_again(chat: ChatService) -> None:
-    conversation, _ = await chat.get_or_create_conversation("ada", "c")
+    await chat.get_or_create_conversation("ada", "c")
     stored = (await chat.add_messages("c", [{"role": "user", "content": f"{n}"} for n in range(4)])).messages
     losing = ChatService(LosesItsAnswers(chat._settings), chat._settings)
     assert await losing.pop_message("c") == stored[3]
