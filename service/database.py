@@ -29,6 +29,7 @@ import pymongo
 import structlog
 from beanie import Document, init_beanie
 from bson.raw_bson import RawBSONDocument
+from pymongo import monitoring
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
 from pymongo.errors import (
@@ -247,7 +248,7 @@ class Database:
             readConcernLevel="majority",
             readPreference="primary",
             connectTimeoutMS=settings.server_selection_timeout_ms,
-            event_listeners=metrics.listeners(),
+            event_listeners=[_Timed()] if metrics.is_enabled() else [],
             **options,
         )
 
@@ -466,6 +467,21 @@ class Database:
             if any(each.get("code") == 11000 for each in error.details.get("writeErrors", [])):
                 raise DuplicateKeyError(str(error), 11000, error.details) from error
             raise
+
+
+class _Timed(monitoring.CommandListener):
+    """Takes the time of each command; what a command says is none of its business."""
+
+    def started(self, event: monitoring.CommandStartedEvent) -> None:
+        """Nothing to note yet."""
+
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+        """Note its time."""
+        metrics.command(event.command_name, event.duration_micros / 1e6, failed=False)
+
+    def failed(self, event: monitoring.CommandFailedEvent) -> None:
+        """Note its time, and that it failed."""
+        metrics.command(event.command_name, event.duration_micros / 1e6, failed=True)
 
 
 def _collection(document: type[Document]) -> Collection[dict[str, Any]]:

@@ -1,13 +1,12 @@
 """What is counted for Prometheus, where `CHAT_METRICS` asks for it: by route template, never by an id.
 
-Until `enable` is called everything here does nothing, and costs nothing.
+Until `enable` is called everything here does nothing, and costs nothing; what is imported here is imported
+before the service starts its engine, so it is little.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from pymongo import monitoring
 
 if TYPE_CHECKING:
     from prometheus_client import Counter, Histogram
@@ -65,28 +64,17 @@ def request(method: str, route: str, status: int, seconds: float) -> None:
         _metrics.seconds.labels(method, route).observe(seconds)
 
 
-def listeners() -> list[monitoring.CommandListener]:
-    """Return what listens to the driver, if anything does."""
-    return [] if _metrics is None else [_Commands(_metrics)]
+def command(name: str, seconds: float, *, failed: bool) -> None:
+    """Note a round trip to the database."""
+    if _metrics is not None:
+        _metrics.database.labels(name).observe(seconds)
+        if failed:
+            _metrics.database_failures.labels(name).inc()
 
 
-class _Commands(monitoring.CommandListener):
-    """Takes the time of each command; what a command says is none of its business."""
-
-    def __init__(self, metrics: _Metrics) -> None:
-        self._metrics = metrics
-
-    def started(self, event: monitoring.CommandStartedEvent) -> None:
-        """Nothing to note yet."""
-
-    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
-        """Note its time."""
-        self._metrics.database.labels(event.command_name).observe(event.duration_micros / 1e6)
-
-    def failed(self, event: monitoring.CommandFailedEvent) -> None:
-        """Note its time, and that it failed."""
-        self._metrics.database.labels(event.command_name).observe(event.duration_micros / 1e6)
-        self._metrics.database_failures.labels(event.command_name).inc()
+def is_enabled() -> bool:
+    """Tell whether anything is counted."""
+    return _metrics is not None
 
 
 def exposition() -> bytes:

@@ -43,25 +43,27 @@ class SecurityHeaders:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._https = settings.tls_cert is not None
+        https = {"Strict-Transport-Security": "max-age=31536000"} if settings.tls_cert else {}
+        self._on_pages = _raw(_ALWAYS | https)
+        self._elsewhere = _raw(_ALWAYS | _NOT_PAGES | https)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = _ALWAYS if scope["path"] in _PAGES else _ALWAYS | _NOT_PAGES
-        if self._https:
-            said = said | {"Strict-Transport-Security": "max-age=31536000"}
+        said = self._on_pages if scope["path"] in _PAGES else self._elsewhere
 
         async def send_with(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in said.items():
-                    headers.setdefault(name, value)
+                message["headers"] = [*message.get("headers", ()), *said]
             await send(message)
 
         await self._app(scope, receive, send_with)
+
+
+def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
 
 class Gate:
