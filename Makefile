@@ -24,7 +24,7 @@ test: .venv/.dev ## lint, types and all tests
 bench: .venv/.bench ## measure against the floor and against others, in less than ten minutes
 	$(BIN)/python -m benchmarks $(BENCH)
 
-compat: .venv/.dev ## run the tests of openai and of its Agents SDK, fetched now, against the service
+compat: .venv/.compat ## run the tests of openai and of its Agents SDK, fetched now, against the service
 	$(BIN)/python -m compat
 
 check: lint types ## lint and types only
@@ -42,7 +42,7 @@ format: .venv/.dev ## format the code, and mend what lint can mend
 
 constraints: .venv/.dev ## compile constraints.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --group bench --universal --python-version 3.11 \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --group dev --group bench --group compat --universal --python-version 3.11 \
 		--upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file constraints.txt
 	$(BIN)/uv pip compile benchmarks/others.in --universal --python-version 3.11 \
 		--upgrade --no-emit-index-url --no-annotate --no-header --quiet --output-file benchmarks/others.txt
@@ -63,6 +63,10 @@ clean: ## remove what make made (not ./data)
 
 .venv/.dev: .venv/.run pyproject.toml constraints.txt
 	$(PIP_INSTALL) --group dev
+	@touch $@
+
+.venv/.compat: .venv/.dev
+	$(PIP_INSTALL) --group compat
 	@touch $@
 
 .venv/.bench: .venv/.dev

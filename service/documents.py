@@ -60,6 +60,10 @@ class Conversation(Document):
                 [("user_id", ASCENDING), ("updated_at", DESCENDING), ("_id", ASCENDING)],
                 name="user_id_1_updated_at_-1__id_1",
             ),
+            # One conversation of one user, as every call that names an owner asks. Without it a conversation
+            # that is somebody else's is read before it is refused, and one that is not there is not: 50 µs,
+            # by which the two could be told apart.
+            IndexModel([("user_id", ASCENDING), ("_id", ASCENDING)], name="user_id_1__id_1"),
             # Those whose time has come. No TTL index: that would leave their messages behind.
             IndexModel([("expires_at", ASCENDING)], name="expires_at_1"),
         ]

@@ -266,7 +266,10 @@ def test_the_indexes_are_the_ones_that_documents_declares(operator: Any) -> None
     assert set(messages) == {"_id_", *INDEXES}
     assert messages["conversation_id_1_seq_1"]["unique"]
     conversations = operator.conversations.index_information()
-    assert set(conversations) == {"_id_", "user_id_1_updated_at_-1__id_1", "expires_at_1"}
+    listed, owned = "user_id_1_updated_at_-1__id_1", "user_id_1__id_1"
+    assert set(conversations) == {"_id_", listed, owned, "expires_at_1"}
+    asked = {"_id": "c", "user_id": "ada"}
+    assert _examined(operator, {"find": "conversations", "filter": asked, "limit": 1})[0] == owned
 
 
 async def test_what_is_not_yours_costs_what_is_not_there(counted: Any) -> None:
