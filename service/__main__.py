@@ -26,6 +26,7 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from service.database import Database
     from service.keys import Keys
     from service.lifecycle import Lifecycle, Receipt
     from service.verify import Report
@@ -137,11 +138,10 @@ def create_key(
     """Make a key and print it, once: only a hash of it is stored."""
     from datetime import UTC, datetime, timedelta
 
-    from service.chat_service import is_id
-
+    _require_tenant(tenant)
     unknown = set(scope) - {"read", "write", "admin"}
-    if unknown or (tenant and not is_id(tenant)):
-        _fail(f"There is no scope {unknown.pop()!r}." if unknown else f"{tenant!r} is no name for a tenant.")
+    if unknown:
+        _fail(f"There is no scope {unknown.pop()!r}.")
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     scopes: Any = sorted(set(scope))
     _, text = _with_keys(lambda keys: keys.create(name, scopes, tenant=tenant, expires_at=expires_at))
@@ -180,6 +180,7 @@ def import_users(
     from service.importing import import_file
     from service.scopes import Scope
 
+    _require_tenant(tenant)
     settings = _settings()
 
     async def run() -> None:
@@ -225,35 +226,45 @@ def expire(
 
 
 @contextlib.asynccontextmanager
-async def _lifecycle(settings: Settings) -> AsyncIterator[Lifecycle]:
-    from service.chat_service import ChatService
+async def _opened(settings: Settings, *, make_indexes: bool = True) -> AsyncIterator[Database]:
     from service.database import Database
-    from service.lifecycle import Lifecycle
 
-    # What a process was killed in the middle of is locked for as long as the database lets it, a minute.
-    settings = settings.model_copy(update={"database_timeout_ms": max(settings.database_timeout_ms, 90_000)})
     database = Database(settings)
-    await database.open()
+    await database.open(make_indexes=make_indexes)
     try:
-        yield Lifecycle(database, ChatService(database, settings), settings)
+        yield database
     finally:
         await database.close()
 
 
+@contextlib.asynccontextmanager
+async def _lifecycle(settings: Settings) -> AsyncIterator[Lifecycle]:
+    from service.chat_service import ChatService
+    from service.lifecycle import Lifecycle
+
+    # What a process was killed in the middle of is locked for as long as the database lets it, a minute.
+    settings = settings.model_copy(update={"database_timeout_ms": max(settings.database_timeout_ms, 90_000)})
+    async with _opened(settings) as database:
+        yield Lifecycle(database, ChatService(database, settings), settings)
+
+
+def _require_tenant(tenant: str) -> None:
+    """End unless this can be a tenant's name (or is empty, for the one without)."""
+    from service.chat_service import is_id
+
+    if tenant and not is_id(tenant):
+        _fail(f"{tenant!r} is no name for a tenant.")
+
+
 def _with_keys(work: Callable[[Keys], Coroutine[Any, Any, T]]) -> T:
     """Do something with the keys in the database, the embedded engine's too, running or not."""
-    from service.database import Database
     from service.keys import Keys
 
     settings = _settings()
 
     async def run() -> T:
-        database = Database(settings)
-        await database.open()
-        try:
+        async with _opened(settings) as database:
             return await work(Keys(database, settings))
-        finally:
-            await database.close()
 
     return _on_database(settings, run)
 
@@ -305,12 +316,9 @@ async def _verify(settings: Settings, *, repair: bool) -> Report:
     from rich.progress import Progress
 
     from service.chat_service import ChatService
-    from service.database import Database
     from service.verify import Verifier
 
-    database = Database(settings)
-    await database.open(make_indexes=False)
-    try:
+    async with _opened(settings, make_indexes=False) as database:
         verifier = Verifier(database, ChatService(database, settings), repair=repair)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("verifying", total=None)
@@ -318,8 +326,6 @@ async def _verify(settings: Settings, *, repair: bool) -> Report:
         for violation in report.violations:
             print(violation)
         return report
-    finally:
-        await database.close()
 
 
 def _settings(**overrides: Any) -> Settings:

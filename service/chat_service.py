@@ -41,7 +41,7 @@ from pydantic import TypeAdapter, ValidationError
 from pymongo import ASCENDING, DESCENDING
 from pymongo.errors import DuplicateKeyError
 
-from service import metrics, payloads
+from service import metrics, payloads, times
 from service.database import Database, Transaction
 from service.documents import (
     NOBODY,
@@ -261,7 +261,7 @@ class ChatService:
         if conversation_id is not None:
             _validate(_ID, conversation_id, "id")
         wanted = self._new_conversation(conversation_id, user_id, title, metadata)
-        wanted.expires_at = _whole_ms(expires_at) if expires_at else None
+        wanted.expires_at = times.whole_ms(expires_at) if expires_at else None
         existing = await self._existing(wanted) if conversation_id is not None else None
         found, created = (existing, False) if existing else await self._create(wanted)
         return _shown(found), created
@@ -269,7 +269,7 @@ class ChatService:
     def _new_conversation(
         self, conversation_id: str | None, user_id: str, title: str | None, metadata: Json | None
     ) -> Conversation:
-        now = _now()
+        now = times.now()
         return Conversation(
             id=self._scope.key(conversation_id or f"conv_{secrets.token_hex(12)}"),
             user_id=self._scope.owner_of(user_id),
@@ -301,18 +301,25 @@ class ChatService:
             raise ConversationIdTaken(f"The id {own_id(wanted.id)} is not free; choose another.")
         return found
 
-    async def _create(self, wanted: Conversation) -> tuple[Conversation, bool]:
+    async def _create(self, wanted: Conversation, batch: _Batch | None = None) -> tuple[Conversation, bool]:
+        """Insert a conversation with its first messages; or return what stands there, if it is the same."""
+        key, owner = Key(wanted.id), Owner(wanted.user_id)
+
         async def insert(transaction: Transaction) -> None:
             await wanted.insert(session=transaction.session)
+            if batch is not None:
+                await self._store(_owned(key, owner), batch, transaction)
 
         transaction = Transaction()
         try:
-            await self._database.transaction(insert, transaction)
+            await self._write(key, insert, transaction)
         except DuplicateKeyError:
             # Another request was faster, or our own first attempt was, whose answer was lost.
             existing = await self._existing(wanted)
             if existing is None:
-                return await self._create(wanted)
+                return await self._create(wanted, batch)
+            if batch is not None:
+                await self._stored_before(key, owner, batch)
             return existing, transaction.may_have_committed
         return wanted, True
 
@@ -341,26 +348,8 @@ class ChatService:
         if messages:
             naming = Naming(idempotency_key, prefixes)
             batch = self._incoming(messages, self._places(messages, field), naming)
-        return _shown(await self._start(wanted, batch))
-
-    async def _start(self, wanted: Conversation, batch: _Batch | None) -> Conversation:
-        key, owner = Key(wanted.id), Owner(wanted.user_id)
-
-        async def insert(transaction: Transaction) -> Conversation:
-            await wanted.insert(session=transaction.session)
-            if batch is not None:
-                await self._store(_owned(key, owner), batch, transaction)
-            return wanted
-
-        try:
-            return await self._write(key, insert)
-        except DuplicateKeyError:
-            existing = await self._existing(wanted)
-            if existing is None:
-                return await self._start(wanted, batch)
-            if batch is not None:
-                await self._stored_before(key, owner, batch)
-            return existing
+        conversation, _ = await self._create(wanted, batch)
+        return _shown(conversation)
 
     @_in_one_call
     async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:
@@ -388,7 +377,7 @@ class ChatService:
         if metadata is not UNSET:
             changes |= self._metadata_fields(metadata)
         if expires_at is not UNSET:
-            changes["expires_at"] = _whole_ms(expires_at) if expires_at else None
+            changes["expires_at"] = times.whole_ms(expires_at) if expires_at else None
         key, owner = self._named(conversation_id, user_id)
         if not changes:
             return _shown(await self._conversation(key, owner))
@@ -434,7 +423,7 @@ class ChatService:
         if not self._database.reads_whole_match:
             yield _BEGINNING, end
             return
-        begin, width = min(end, _now()), _LIST_WINDOW
+        begin, width = min(end, times.now()), _LIST_WINDOW
         while begin > _BEGINNING:
             begin = begin - width if begin - _BEGINNING > width else _BEGINNING
             yield begin, end
@@ -718,10 +707,10 @@ class ChatService:
             high = min(high, before - 1)
         span = Span(Key(conversation.id), low, max(low, high), filters.get("role"))
         if (since := filters.get("since")) is not None:
-            low = await self._last_seq_before(conversation, _whole_ms(since))
+            low = await self._last_seq_before(conversation, times.whole_ms(since))
             span = span.between(low, span.high)
         if (until := filters.get("until")) is not None:
-            just_after = _whole_ms(until) + timedelta(milliseconds=1)
+            just_after = times.whole_ms(until) + timedelta(milliseconds=1)
             span = span.between(span.low, await self._last_seq_before(conversation, just_after))
         return span
 
@@ -914,7 +903,7 @@ class ChatService:
 
         Its `updated_at` moves to now, and never backwards, whatever this process's clock says.
         """
-        update = {**changes, "$max": {"updated_at": _now()}}
+        update = {**changes, "$max": {"updated_at": times.now()}}
         found = await self._database.update(Conversation, owned, update, transaction.session)
         if found is None:
             raise _no_conversation(Key(owned["_id"]))
@@ -1097,15 +1086,6 @@ def _owned(key: Key, owner: Owner | None) -> Json:
     if owner == NOBODY:
         raise _no_conversation(key)
     return {"_id": key, "user_id": {"$ne": NOBODY} if owner is None else owner}
-
-
-def _now() -> datetime:
-    return _whole_ms(datetime.now(UTC))
-
-
-def _whole_ms(time: datetime) -> datetime:
-    """Cut a time to the milliseconds that BSON keeps, so that it is the same wherever it appears."""
-    return time.replace(microsecond=time.microsecond // 1000 * 1000)
 
 
 def _header(conversation: Conversation, message_id: str, seq: int) -> bytes:

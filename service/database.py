@@ -210,7 +210,7 @@ class Database:
         try:
             with pymongo.timeout(_INDEXES_TIMEOUT_S):
                 await init_beanie(database, document_models=documents, skip_indexes=not self._make_indexes)
-                if self._settings.retention_days and self._make_indexes:
+                if self._settings.shortest_retention_days and self._make_indexes:
                     await Conversation.get_motor_collection().create_indexes([BY_ACTIVITY])
                 if self._settings.audit_days and self._make_indexes:
                     await self._keep_audit(self._settings.audit_days)

@@ -12,11 +12,12 @@ import hmac
 import re
 import secrets
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Literal
 
 from cachetools import TTLCache
 
+from service import times
 from service.database import Database, Transaction
 from service.documents import ApiKey
 from service.errors import ChatHistoryError
@@ -53,7 +54,7 @@ class Keys:
             name=name,
             scopes=list(scopes),
             tenant=tenant,
-            created_at=_now(),
+            created_at=times.now(),
             expires_at=expires_at,
         )
 
@@ -73,7 +74,7 @@ class Keys:
         """Revoke a key, and return whether there was one to revoke."""
 
         async def update(transaction: Transaction) -> bool:
-            changes = {"$set": {"revoked_at": _now()}}
+            changes = {"$set": {"revoked_at": times.now()}}
             named = {"_id": key_id, "revoked_at": None}
             return await self._database.update(ApiKey, named, changes, transaction.session) is not None
 
@@ -93,7 +94,7 @@ class Keys:
         expected = key.secret_sha256 if key is not None else _hash("")
         if not hmac.compare_digest(_hash(form[2]), expected) or key is None:
             return None
-        now = _now()
+        now = times.now()
         if key.revoked_at is not None or (key.expires_at is not None and key.expires_at <= now):
             return None
         if key.last_used_at is None or now - key.last_used_at > _USED_EVERY:
@@ -127,8 +128,3 @@ class Keys:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def _now() -> datetime:
-    now = datetime.now(UTC)
-    return now.replace(microsecond=now.microsecond // 1000 * 1000)

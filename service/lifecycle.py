@@ -302,11 +302,9 @@ class Lifecycle:
     def _expired(self, now: datetime) -> Iterator[tuple[str, datetime]]:
         """Return, for each index, the time up to which it may have what is due."""
         yield "expires_at", now
-        days = [*self._settings.retention_days_by_tenant.values()]
-        if self._settings.retention_days is not None:
-            days.append(self._settings.retention_days)
-        if days:
-            yield "updated_at", now - timedelta(days=min(days))
+        days = self._settings.shortest_retention_days
+        if days is not None:
+            yield "updated_at", now - timedelta(days=days)
 
     async def _page_of(self, field: str, until: datetime, last: Conversation | None) -> list[Conversation]:
         """Read a page along an index, after the last of the page before: first those of its very time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     retention_days: int | None = Field(
         None, ge=1, description="Conversations without activity for so many days are removed, whole."
     )
-    retention_days_by_tenant: dict[str, int] = Field(
+    retention_days_by_tenant: dict[str, Annotated[int, Field(ge=1)]] = Field(
         {}, description="The same for single tenants (a JSON object), in the place of the one above."
     )
 
@@ -199,6 +199,12 @@ class Settings(BaseSettings):
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together")
         return self
+
+    @property
+    def shortest_retention_days(self) -> int | None:
+        """Return after how many days without activity the first conversations go, of any tenant."""
+        days = [*self.retention_days_by_tenant.values(), *filter(None, [self.retention_days])]
+        return min(days, default=None)
 
     @property
     def embedded_url(self) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from service import errors
 from service.api import bodies, needs, schemas
 from service.api.needs import Chat, ConversationId, IdempotencyKey, MessageId, page_items
 from service.api.problems import answers
 from service.api.schemas import (
+    NDJSON,
     CutQuery,
     HistoryQuery,
     MessageOut,
@@ -22,10 +22,9 @@ from service.api.schemas import (
     OwnerQuery,
     json_response,
 )
-from service.chat_service import Appended, ChatService, Json
+from service.chat_service import Appended, Json
 from service.errors import Fault, InvalidRequest
 
-NDJSON = "application/x-ndjson"
 router = APIRouter(
     prefix="/conversations/{conversation_id}/messages",
     tags=["messages"],
@@ -112,7 +111,8 @@ async def history(
     filters = query.model_dump(exclude={"user_id", "last", "order"})
     filters["order"] = query.order or "asc"
     if query.last is None and _wants_lines(request):
-        return await _stream(chat, conversation_id, query.user_id, filters)
+        parts = chat.stream_chat_history(conversation_id, query.user_id, **filters)
+        return await schemas.stream_lines(parts)
     page_items(request, "limit", query.limit)
     page_items(request, "last", query.last)
     page = await chat.get_chat_history(conversation_id, query.user_id, last=query.last, **filters)
@@ -130,23 +130,6 @@ def _refuse_contradictions(query: HistoryQuery) -> None:
 def _wants_lines(request: Request) -> bool:
     accepted = request.headers.get("accept", "").lower()
     return any(each.split(";")[0].strip() == NDJSON for each in accepted.split(","))
-
-
-async def _stream(
-    chat: ChatService, conversation_id: str, user_id: str | None, filters: dict[str, Any]
-) -> Response:
-    """Stream a history; what can be refused is refused before the first byte of the answer."""
-    parts = chat.stream_chat_history(conversation_id, user_id, **filters)
-    first = await anext(parts)
-
-    async def lines() -> AsyncIterator[bytes]:
-        yield schemas.lines(first)
-        # An error in here ends the connection without the last chunk, so that no client takes a
-        # history that was cut short for a whole one.
-        async for part in parts:
-            yield schemas.lines(part)
-
-    return StreamingResponse(lines(), media_type=NDJSON)
 
 
 @router.delete(

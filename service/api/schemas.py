@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from service.chat_service import ConversationList, History, ListPosition
 from service.documents import Conversation, Id, MessageFields, Seq, Title
 from service.errors import Fault, InvalidRequest
 from service.roles import Role
 
+NDJSON = "application/x-ndjson"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -215,6 +216,20 @@ def dumps(value: Any) -> bytes:
 def lines(values: list[dict[str, Any]]) -> bytes:
     """Encode values as lines of JSON."""
     return b"".join(dumps(each) + b"\n" for each in values)
+
+
+async def stream_lines(parts: AsyncIterator[list[dict[str, Any]]]) -> Response:
+    """Answer with lines as they come; what can be refused is refused before the first byte of the answer."""
+    first = await anext(parts)
+
+    async def encoded() -> AsyncIterator[bytes]:
+        yield lines(first)
+        # An error in here ends the connection without the last chunk, so that no client takes what was cut
+        # short for a whole.
+        async for part in parts:
+            yield lines(part)
+
+    return StreamingResponse(encoded(), media_type=NDJSON)
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
 from service import errors
 from service.api import needs, schemas
-from service.api.messages import NDJSON
 from service.api.needs import Users
 from service.api.problems import answers
-from service.api.schemas import EraseQuery, EraseReceipt, json_response
+from service.api.schemas import NDJSON, EraseQuery, EraseReceipt, json_response
 from service.documents import Id
 
 router = APIRouter(prefix="/users/{user_id}", tags=["users"])
@@ -49,13 +47,4 @@ async def erase(
 async def export(request: Request, users: Users, user_id: UserId) -> Response:
     """Export everything of a user, as `chat-history import` takes it back."""
     await needs.no_query(request)
-    parts = users.export(user_id)
-    first = await anext(parts)
-
-    async def lines() -> AsyncIterator[bytes]:
-        yield schemas.lines(first)
-        # An error in here ends the connection without the last chunk and without the last line.
-        async for part in parts:
-            yield schemas.lines(part)
-
-    return StreamingResponse(lines(), media_type=NDJSON)
+    return await schemas.stream_lines(users.export(user_id))

@@ -517,6 +517,7 @@ def test_rates_are_limited_and_said(tmp_path: Path) -> None:
         ({"jwt_algorithms": '["HS256"]'}, "jwt_algorithms"),
         ({"jwt_algorithms": '["none"]'}, "jwt_algorithms"),
         ({"rate_per_key": "many"}, "CHAT_RATE_PER_KEY"),
+        ({"retention_days_by_tenant": '{"acme": 0}'}, "CHAT_RETENTION_DAYS_BY_TENANT"),
         ({"tls_cert": "x.pem"}, "go together"),
     ],
 )

@@ -292,6 +292,14 @@ def test_what_is_no_whole_export_is_refused_with_its_line(
         assert client.get(f"/conversations/{conversation}").status_code == 404
 
 
+def test_an_import_goes_into_a_tenant_that_can_be_one(service: Service, tmp_path: Path) -> None:
+    file = tmp_path / "empty.ndjson"
+    file.write_text("".join(json.dumps(each) + "\n" for each in (HEAD, {**END, "conversations": 0})))
+    for tenant in ("a/b", "/", "a b", "."):
+        done = command(service, "import", "--tenant", tenant, str(file))
+        assert (done.returncode, "no name for a tenant" in done.stderr) == (1, True), done.stderr
+
+
 # -- expiring ------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ LAYERS = {
     "roles": set(),
     "openai_items": {"roles"},
     "metrics": set(),
+    "times": set(),
     "database": {"documents", "errors", "metrics", "payloads", "settings"},
     "scopes": {"errors"},
     "chat_service": {
@@ -27,8 +28,9 @@ LAYERS = {
         "roles",
         "scopes",
         "settings",
+        "times",
     },
-    "keys": {"database", "documents", "errors", "settings"},
+    "keys": {"database", "documents", "errors", "settings", "times"},
     "auth": {"errors", "keys", "scopes", "settings"},
     "lifecycle": {"chat_service", "database", "documents", "errors", "payloads", "scopes", "settings"},
     "audit": {"database", "documents", "errors"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -33,3 +34,16 @@ def test_a_dotenv_file_sets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     assert Settings(_env_file=None).host == "127.0.0.1"
+
+
+def test_a_retention_of_one_tenant_alone_is_a_retention() -> None:
+    def shortest(**settings: Any) -> int | None:
+        return Settings(_env_file=None, **settings).shortest_retention_days
+
+    assert shortest() is None
+    assert shortest(retention_days=30) == 30
+    assert shortest(retention_days_by_tenant={"acme": 10}) == 10
+    assert shortest(retention_days=30, retention_days_by_tenant={"acme": 10, "keeps": 3650}) == 10
+    for wrong in (0, -1):
+        with pytest.raises(ValidationError):
+            shortest(retention_days_by_tenant={"acme": wrong})
