@@ -98,10 +98,15 @@ STANDALONE = (
 
 @dataclass
 class Transaction:
-    """What the work of a transaction is given: its session, and what an earlier run may have done."""
+    """What the work of a transaction is given: its session, and what an earlier run may have done.
+
+    Work that changes nothing in a run says so by `wrote`: if the commit of that run ends without an answer,
+    there is nothing that may have taken effect.
+    """
 
     session: Session | None = None
     may_have_committed: bool = False
+    wrote: bool = True
 
 
 class Database:
@@ -332,6 +337,7 @@ class Database:
         session = AsyncIOMotorClientSession(self._client.delegate.start_session(), self._client)
         session.start_transaction(ReadConcern("snapshot"), _DURABLE)
         transaction.session = session
+        transaction.wrote = True
         try:
             result = await work(transaction)
             try:
@@ -339,7 +345,7 @@ class Database:
             except PyMongoError:
                 # The driver has asked twice already. A refusal may be the answer of a server that
                 # restarted and forgot a transaction that it had committed, so it proves nothing either.
-                transaction.may_have_committed = True
+                transaction.may_have_committed |= transaction.wrote
                 raise
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal
 
 from beanie import Document
@@ -30,6 +30,8 @@ Title = Annotated[str, StringConstraints(max_length=1_000)]
 # The owner of a conversation that is being deleted. No id is empty, so it is nobody's, every query
 # that asks for an owner misses it, and the index of owners finds it again after a crash.
 NOBODY = ""
+# An erasure or an import that has done nothing for so long was interrupted.
+IDLE = timedelta(minutes=10)
 
 
 class Conversation(Document):
@@ -47,6 +49,9 @@ class Conversation(Document):
     message_count: int = 0
     # From when on it is removed, if ever.
     expires_at: datetime | None = None
+    # Whose it becomes with the last batch of the import that is storing its messages; until then it is
+    # NOBODY's, and `updated_at` is the time of the latest batch.
+    importing: str | None = None
 
     class Settings:
         """Beanie's settings of the collection."""

@@ -144,6 +144,13 @@ class IdempotencyConflict(ChatHistoryError):
     title = "This key or id was used for different messages"
 
 
+class BrokenCounter(ChatHistoryError):
+    """Messages stand where a conversation's next one belongs: its counter does not count them."""
+
+    status = 500
+    title = "The conversation's counter is broken"
+
+
 class DatabaseUnavailable(ChatHistoryError):
     """The database does not answer, or not in time. Nothing is known to be stored; retry."""
 

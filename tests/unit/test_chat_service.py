@@ -167,6 +167,7 @@ async def test_work_that_had_committed_already_is_not_done_again(chat: ChatServi
     assert (await chat.get_chat_history("c")).messages == stored[1:3]
     appended = await losing.add_message("c", {"role": "user", "content": "once"})
     assert (appended.replayed, len((await chat.get_chat_history("c")).messages)) == (False, 3)
+    assert await losing.delete_messages("c", after=2) == 2
     await losing.delete_conversation("c")
     with pytest.raises(ConversationNotFound):
         await chat.get_conversation("c")
