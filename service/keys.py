@@ -59,7 +59,10 @@ class Keys:
         )
 
         async def insert(transaction: Transaction) -> None:
-            await key.insert(session=transaction.session)
+            session = transaction.session
+            if transaction.may_have_committed and await ApiKey.find_one({"_id": key.id}, session=session):
+                return  # by our own first run, the answer to which was lost
+            await key.insert(session=session)
 
         async with self._database.call():
             await self._database.transaction(insert)
@@ -72,11 +75,18 @@ class Keys:
 
     async def revoke(self, key_id: str) -> bool:
         """Revoke a key, and return whether there was one to revoke."""
+        now = times.now()
 
         async def update(transaction: Transaction) -> bool:
-            changes = {"$set": {"revoked_at": times.now()}}
+            session = transaction.session
             named = {"_id": key_id, "revoked_at": None}
-            return await self._database.update(ApiKey, named, changes, transaction.session) is not None
+            if await self._database.update(ApiKey, named, {"$set": {"revoked_at": now}}, session) is not None:
+                return True
+            # An earlier run whose answer was lost has left its own time there.
+            ours = {"_id": key_id, "revoked_at": now}
+            return transaction.may_have_committed and bool(
+                await self._database.read(ApiKey, ours, limit=1, session=session)
+            )
 
         async with self._database.call():
             return await self._database.transaction(update)

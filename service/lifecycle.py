@@ -4,13 +4,15 @@ All of it can be interrupted anywhere and taken up again:
 
 - an erasure counts each conversation in the transaction in which it is gone, in a document that ends with it;
 - an export says how many it had in its last line, so that one that was cut short is not taken for a whole;
-- an imported conversation appears whole, with its last batch: until then its messages belong to none, which
-  no reader sees, and the same import again finds them and goes on;
+- an import takes the conversation's id first, under which nobody sees anything, and each batch asserts that
+  it still has it. The conversation appears whole, with the last batch. The same import again finds what is
+  there and goes on; after 10 minutes without activity its id is free again, and what it stored is removed;
 - a conversation expires as it is deleted: gone at once, and what is left of it is removed later.
 """
 
 from __future__ import annotations
 
+import asyncio
 import copy
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,11 +24,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
-from service import payloads
+from service import payloads, times
 from service.chat_service import ChatService, ListPosition, Span, faults_of, incoming_fault, public
 from service.database import Database, Transaction
-from service.documents import NOBODY, Conversation, Erasure, Id, Message, Seq, Title
-from service.errors import ConversationIdTaken, ConversationNotFound, Fault, InvalidRequest
+from service.documents import IDLE, NOBODY, Conversation, Erasure, Id, Message, Seq, Title
+from service.errors import (
+    ConversationIdTaken,
+    ConversationNotFound,
+    DatabaseUnavailable,
+    Fault,
+    InvalidRequest,
+)
 from service.scopes import Key, Owner, Scope, message_key, own_id
 from service.settings import Settings
 
@@ -36,8 +44,9 @@ FORMAT_VERSION = 1
 _PAGE_ITEMS = 100
 _IMPORT_ITEMS = 500
 _IMPORT_BYTES = 8 * 1024 * 1024
-# An erasure that has removed nothing for so long was interrupted.
-_IDLE = timedelta(minutes=10)
+# How often an import tries to take an id that others take and delete meanwhile, and the pause between.
+_ATTEMPTS = 20
+_PAUSE_S = 0.1
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -100,7 +109,7 @@ class Lifecycle:
 
     async def resume(self) -> int:
         """Go on with the erasures that nobody goes on with; return how many there were."""
-        idle = {"active_at": {"$lt": datetime.now(UTC) - _IDLE}}
+        idle = {"active_at": {"$lt": datetime.now(UTC) - IDLE}}
         async with self._database.call():
             begun = await Erasure.find(idle).to_list()
         for each in begun:
@@ -129,7 +138,9 @@ class Lifecycle:
             pass  # another request has just begun the same
         while page := await self._of_owner(owner):
             for conversation in page:
-                owned = {"_id": conversation.id, "user_id": owner}
+                owned = {"_id": conversation.id, "user_id": conversation.user_id}
+                if conversation.importing is not None:
+                    owned["importing"] = owner
                 try:
                     await self._chat.remove(Key(conversation.id), owned, also=count)
                 except ConversationNotFound:
@@ -137,18 +148,28 @@ class Lifecycle:
         return await self._finish(owner)
 
     async def _of_owner(self, owner: Owner) -> list[Conversation]:
+        """Return some of a user's conversations, or those that an import is making his, or has begun to."""
         async with self._database.call():
-            return await Conversation.find({"user_id": owner}).limit(_PAGE_ITEMS).to_list()
+            found = await Conversation.find({"user_id": owner}).limit(_PAGE_ITEMS).to_list()
+            if found:
+                return found
+            # By the index of owners, since there are few of these, and one field more would cost more.
+            unfinished = await Conversation.find({"user_id": NOBODY}).to_list()
+            return [each for each in unfinished if each.importing == owner]
 
     async def _finish(self, owner: Owner) -> Receipt:
         """Return what was counted, and remove the count, which names the user."""
+        receipt = Receipt(0, 0)
 
         async def take(transaction: Transaction) -> Receipt:
+            nonlocal receipt
             found = await Erasure.find_one({"_id": owner}, session=transaction.session)
             if found is None:
-                return Receipt(0, 0)  # another request for the same has returned it
+                # Taken by an earlier run of this, whose answer was lost, or returned by another request.
+                return receipt if transaction.may_have_committed else Receipt(0, 0)
             await found.delete(session=transaction.session)
-            return Receipt(found.conversations, found.messages)
+            receipt = Receipt(found.conversations, found.messages)
+            return receipt
 
         async with self._database.call():
             return await self._database.transaction(take)
@@ -209,10 +230,8 @@ class Lifecycle:
         about = _checked(conversation)
         key, owner = self._scope.key(about.id), self._scope.owner_of(about.user_id)
         batches = _batches(about, key, owner, messages, exact=self._database.embedded_engine)
-        async with self._database.call():
-            found = await self._database.read(Conversation, {"_id": key}, limit=1)
-        if found:
-            stored = Conversation.model_validate(payloads.decode(found[0]))
+        stored = await (self._look(key, owner) if dry_run else self._take_id(about, key, owner))
+        if stored is not None:
             same = stored.user_id == owner and stored.last_seq == about.last_seq
             for batch in batches:
                 same = same and await self._there(key, batch) == len(batch)
@@ -223,14 +242,58 @@ class Lifecycle:
         pending: list[tuple[int, bytes]] = []
         for batch in batches:
             if pending and not dry_run:
-                await self._insert(key, pending, None)
+                await self._insert(key, owner, pending)
             pending = batch
             count += len(batch)
         if count != about.message_count:
             raise _fault("message_count", f"is {about.message_count}, and there are {count} messages")
         if not dry_run:
-            await self._insert(key, pending, self._document(about, key, owner))
+            await self._insert(key, owner, pending, self._document(about, key, owner))
         return count
+
+    async def _look(self, key: Key, owner: Owner) -> Conversation | None:
+        """Return the conversation that an import would find under this id, as `_take_id` does."""
+        async with self._database.call():
+            found = await self._database.read(Conversation, {"_id": key}, limit=1)
+        stored = _standing(found, owner)
+        deleting = stored is not None and stored.user_id == NOBODY and stored.importing is None
+        return None if deleting else stored
+
+    async def _take_id(self, about: ImportedConversation, key: Key, owner: Owner) -> Conversation | None:
+        """Take the id for this import, or go on with one of the same user; or return what else stands there.
+
+        What an older version left of an import, messages without a conversation, is taken with it: the same
+        import finds them, and another finds that they are too many.
+        """
+
+        async def take(transaction: Transaction) -> list[bytes]:
+            session = transaction.session
+            found = await self._database.read(Conversation, {"_id": key}, limit=1, session=session)
+            if not found:
+                await Conversation(
+                    id=key,
+                    user_id=NOBODY,
+                    importing=owner,
+                    created_at=about.created_at,
+                    updated_at=times.now(),
+                    last_seq=about.last_seq,
+                    message_count=await Message.find({"conversation_id": key}, session=session).count(),
+                ).insert(session=session)
+            return found
+
+        for _ in range(_ATTEMPTS):
+            try:
+                async with self._database.call():
+                    found = await self._database.transaction(take)
+            except DuplicateKeyError:
+                continue  # taken just now, by another request or by our own first run
+            stored = _standing(found, owner)
+            if stored is None or stored.user_id != NOBODY:
+                return stored
+            if not await self._chat.finish_deletion(key):
+                raise ConversationIdTaken(f"Another user's import is going on under the id {about.id}.")
+            await asyncio.sleep(_PAUSE_S)
+        raise DatabaseUnavailable(f"Others take and delete the id {about.id} all the time. Import it again.")
 
     def _document(self, about: ImportedConversation, key: Key, owner: Owner) -> Conversation:
         raw = payloads.encode({"metadata": about.metadata}, keep_exact_copy=False)
@@ -250,36 +313,64 @@ class Lifecycle:
         return sum(_equal(known.get(each["_id"]), each) for each in given)
 
     async def _insert(
-        self, key: Key, batch: list[tuple[int, bytes]], conversation: Conversation | None
+        self, key: Key, owner: Owner, batch: list[tuple[int, bytes]], whole: Conversation | None = None
     ) -> None:
-        """Store a batch, with the conversation if it is the last: what is there already is let be."""
+        """Store a batch, and with the last one show the conversation: what is there already is let be.
+
+        The first statement asserts that the import still has the id, and locks it, so that two imports of the
+        same conversation take turns.
+        """
         span = Span(key, batch[0][0] - 1, batch[-1][0]) if batch else None
+        importing = {"_id": key, "user_id": NOBODY, "importing": owner}
 
         async def insert(transaction: Transaction) -> None:
-            there: dict[str, Json] = {}
-            if span is not None:
-                found = await self._database.read(Message, span.query(), session=transaction.session)
-                there = {each["_id"]: each for each in payloads.decode_all(found)}
-            missing = []
-            for _, raw in batch:
-                given = payloads.decode(raw)
-                if given["_id"] not in there:
-                    missing.append(raw)
-                elif not _equal(there.pop(given["_id"]), given):
-                    raise _remains(key)
+            session = transaction.session
+            active = {"$set": {"updated_at": times.now()}}
+            locked = await self._database.update(Conversation, importing, active, session)
+            missing = await self._missing(key, span, batch, transaction)
+            if locked is None:
+                transaction.wrote = False
+                found = await self._database.read(
+                    Conversation, {"_id": key, "user_id": owner}, limit=1, session=session
+                )
+                if missing or not found:
+                    raise ConversationIdTaken(
+                        f"The import lost the id {own_id(key)}: it stood still for 10 minutes, or its user "
+                        "was erased, and what it had stored was removed. Import it again."
+                    )
+                return  # shown already: by our own first run, whose answer was lost, or by a second import
             if missing:
-                await self._database.insert(Message, missing, transaction.session)
-            if conversation is not None:
-                await conversation.insert(session=transaction.session)
-                stored = Message.find({"conversation_id": key}, session=transaction.session)
-                if await stored.count() != conversation.message_count:
+                await self._database.insert(Message, missing, session)
+            count = Conversation.model_validate(payloads.decode(locked)).message_count + len(missing)
+            changes: Json = {"message_count": count}
+            if whole is not None:
+                if count != whole.message_count:
                     raise _remains(key)
+                changes = whole.model_dump(exclude={"id", "revision_id"})
+            await self._database.update(Conversation, importing, {"$set": changes}, session)
 
         async with self._database.call():
             try:
                 await self._database.transaction(insert)
             except DuplicateKeyError as error:
-                raise ConversationIdTaken("Something else has just taken its id.") from error
+                raise _remains(key) from error
+
+    async def _missing(
+        self, key: Key, span: Span | None, batch: list[tuple[int, bytes]], transaction: Transaction
+    ) -> list[bytes]:
+        """Return which of these messages are not stored. Raises ConversationIdTaken where another is."""
+        if span is None:
+            return []
+        found = await self._database.read(Message, span.query(), session=transaction.session)
+        there = {each["_id"]: each for each in payloads.decode_all(found)}
+        missing = []
+        for _, raw in batch:
+            given = payloads.decode(raw)
+            if given["_id"] not in there:
+                missing.append(raw)
+            elif not _equal(there.pop(given["_id"]), given):
+                raise _remains(key)
+        return missing
 
     # -- expiring ----------------------------------------------------------------------------------
 
@@ -351,8 +442,8 @@ def _checked(conversation: Json) -> ImportedConversation:
     except ValidationError as error:
         faults = faults_of(error, ())
         raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults) from error
-    times = (about.created_at, about.updated_at, about.expires_at)
-    if any(time is not None and time.tzinfo is None for time in times):
+    given = (about.created_at, about.updated_at, about.expires_at)
+    if any(time is not None and time.tzinfo is None for time in given):
         raise _fault("created_at", "a time must say its zone")
     return about
 
@@ -411,9 +502,19 @@ def _equal(stored: Json | None, given: Json) -> bool:
     return stored is not None and public(stored) == public(given)
 
 
+def _standing(found: list[bytes], owner: Owner) -> Conversation | None:
+    """Return what stands under an id, but for an import of this user, which goes on."""
+    stored = Conversation.model_validate(payloads.decode(found[0])) if found else None
+    going_on = stored is not None and stored.user_id == NOBODY and stored.importing == owner
+    return None if going_on else stored
+
+
 def _remains(key: Key) -> ConversationIdTaken:
     """Say that an import of something else under this id was begun, and not finished."""
-    return ConversationIdTaken(f"Messages of another import stand under the id {own_id(key)}.")
+    return ConversationIdTaken(
+        f"Messages of another import stand under the id {own_id(key)}, or two of these have one id. What an "
+        "interrupted import left is removed when it has stood still for 10 minutes; import again then."
+    )
 
 
 def _fault(name: str, why: str) -> InvalidRequest:

@@ -15,9 +15,10 @@ import bson
 from beanie import Document
 from pymongo import ASCENDING
 
+from service import times
 from service.chat_service import ChatService, Span, is_id
 from service.database import Database, Transaction
-from service.documents import NOBODY, Conversation, Message
+from service.documents import IDLE, NOBODY, Conversation, Message
 from service.scopes import Key
 
 _WINDOW_SEQS = 1_000
@@ -58,6 +59,7 @@ class _Seen:
     last_time: datetime | None = None
     faults: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    remains: list[tuple[str, str]] = field(default_factory=list)
 
 
 class Verifier:
@@ -90,7 +92,7 @@ class Verifier:
         if conversation is None:
             return  # deleted since the walk began
         if conversation.user_id == NOBODY:
-            await self._interrupted_deletion(conversation_id)
+            await self._unfinished(conversation)
             return
         self.report.conversations += 1
         self.report.messages += seen.count
@@ -147,6 +149,8 @@ class Verifier:
             what = f"the message {message_id} says that it is another user's"
             owner = {"$set": {"user_id": conversation.user_id}}
             await self._mend(Message, message_id, owner, what)
+        if seen.remains:
+            await self._remove_remains(conversation.id, seen.remains)
 
     async def _mend(self, document: type[Document], key: str, change: dict[str, Any], violation: str) -> None:
         """Correct one document, if we are to, and note it.
@@ -156,7 +160,10 @@ class Verifier:
         """
 
         async def correct(transaction: Transaction) -> None:
-            await document.find_one({"_id": key}).update_one(change, session=transaction.session)
+            named = {"_id": key}
+            if document is Message:
+                named["conversation_id"] = key.rpartition("/")[0]
+            await document.find_one(named).update_one(change, session=transaction.session)
 
         if self._repair:
             async with self._database.call():
@@ -167,11 +174,32 @@ class Verifier:
             "mended" if self._repair else "",
         )
 
-    async def _interrupted_deletion(self, conversation_id: str) -> None:
+    async def _remove_remains(self, conversation_id: str, remains: list[tuple[str, str]]) -> None:
+        """Remove another user's messages that stand behind a conversation's last one, if we are to.
+
+        An import that was interrupted left them before somebody took the id. They were never shown or counted
+        here, and the conversation's owner must not get them.
+        """
+
+        async def remove(transaction: Transaction) -> None:
+            for message_id, owner in remains:
+                named = {"_id": message_id, "conversation_id": conversation_id, "user_id": owner}
+                await Message.find(named).delete(session=transaction.session)
+
         if self._repair:
-            await self._chat.finish_deletion(Key(conversation_id))
-        outcome = "mended: finished" if self._repair else "the service finishes it when it runs"
-        self._note(conversation_id, "its deletion was interrupted", outcome)
+            async with self._database.call():
+                await self._database.transaction(remove)
+        what = f"{len(remains)} messages of another user stand behind its last one"
+        self._note(conversation_id, what, "mended: removed" if self._repair else "")
+
+    async def _unfinished(self, conversation: Conversation) -> None:
+        """Note a deletion or an import that was interrupted; an import that is going on is no violation."""
+        verb = "deletion" if conversation.importing is None else "import"
+        if conversation.importing is not None and times.now() - conversation.updated_at < IDLE:
+            return
+        mended = self._repair and await self._chat.finish_deletion(Key(conversation.id))
+        outcome = "mended: removed" if mended else "the service removes the rest when it runs"
+        self._note(conversation.id, f"its {verb} was interrupted", outcome)
 
     async def _orphans(self, known: set[str]) -> None:
         """Find messages without a conversation; one that was created since is none."""
@@ -195,6 +223,10 @@ def _look_at(message: dict[str, Any], conversation: Conversation, seen: _Seen) -
     """Note one message, which comes in the order of `seq`, and what is wrong with it."""
     prefix, _, own_id = str(message["_id"]).rpartition("/")
     seq, time = message.get("seq"), message.get("created_at")
+    another = message.get("user_id") != conversation.user_id
+    if another and isinstance(seq, int) and seq > conversation.last_seq:
+        seen.remains.append((message["_id"], str(message.get("user_id"))))
+        return
     seen.count += 1
     if prefix != conversation.id or not is_id(own_id):
         seen.faults.append(f"the message {message['_id']!r} has an id that is not well formed")
@@ -206,7 +238,7 @@ def _look_at(message: dict[str, Any], conversation: Conversation, seen: _Seen) -
         seen.faults.append(f"the message {own_id} has no created_at")
     elif seen.last_time is not None and time < seen.last_time:
         seen.faults.append(f"created_at runs backwards at seq {seq}")
-    if message.get("user_id") != conversation.user_id:
+    if another:
         seen.others.append(message["_id"])
     seen.last_seq = seq if isinstance(seq, int) else seen.last_seq
     seen.last_time = time if isinstance(time, datetime) else seen.last_time

@@ -190,6 +190,16 @@ class MongoProxy(Proxy):
         """The commands of these names that were seen, in order."""
         return [each.document for each in list(self.seen) if each.name in names]
 
+    def wrote(self, verb: str, collection: str) -> Callable[[Document], bool]:
+        """For `when`: accept the commit of a transaction that sent such a command."""
+
+        def when(commit: Document) -> bool:
+            mine = (commit["lsid"], commit["txnNumber"])
+            sent = [each for each in self.commands(verb) if each[verb] == collection]
+            return any((each.get("lsid"), each.get("txnNumber")) == mine for each in sent)
+
+        return when
+
     # -- a majority that lags --------------------------------------------------------------------------
 
     def lag(self, *, commits: Commits = "wait") -> None:

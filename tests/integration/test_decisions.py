@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.harness import Service, append, contents, create, new_id, running, whole_history
+from tests.integration.test_lifecycle import command
 from tests.mongo_proxy import MongoProxy, mongo_proxied
 
 TIMEOUT_MS = 1_200
@@ -149,6 +150,7 @@ def test_a_conversation_that_is_started_again_while_the_majority_lags_is_the_fir
         body = {"items": [MESSAGE, MESSAGE]}
         answer = lost_and_repeated(proxy, keyed(client, "/v1/conversations", body))
         assert answer.status_code == 200, answer.text
+        assert len(proxy.commands("insert")) < 60
         (listed,) = client.get("/v1/conversations").json()["data"]
         assert listed["id"] == answer.json()["id"]
         assert len(client.get(f"/v1/conversations/{listed['id']}/items").json()["data"]) == 2
@@ -277,3 +279,27 @@ def test_a_seq_that_is_taken_is_no_replay_and_says_what_mends_it(
         assert answer.status_code == 500, answer.text
         assert answer.json()["type"].endswith("broken-counter")
         assert "chat-history verify --repair" in answer.json()["detail"]
+
+
+def test_a_receipt_is_not_lost_with_the_answer_of_the_last_commit(
+    proxy: MongoProxy, ours: httpx.Client
+) -> None:
+    user = new_id("user")
+    append(ours, create(ours, new_id(), user=user), MESSAGE, MESSAGE)
+    lost = proxy.unknown_commit(when=proxy.wrote("delete", "erasures"))
+    receipt = ours.delete(f"/users/{user}")
+    assert lost.done == 2
+    assert receipt.status_code == 200, receipt.text
+    assert (receipt.json()["conversations"], receipt.json()["messages"]) == (1, 2)
+
+
+def test_a_key_is_not_lost_with_the_answer_of_a_commit(proxy: MongoProxy, on_it: Service) -> None:
+    made = proxy.unknown_commit(when=proxy.wrote("insert", "api_keys"))
+    done = command(on_it, "keys", "create", "k", "--scope", "read")
+    assert (made.done, done.returncode) == (2, 0), done.stderr
+    key_id = done.stdout.partition("chk_")[2][:16]
+    assert [each["_id"] for each in proxy.latest.api_keys.find()] == [key_id]
+    revoked = proxy.unknown_commit(when=proxy.wrote("update", "api_keys"))
+    done = command(on_it, "keys", "revoke", key_id)
+    assert (revoked.done, done.returncode) == (2, 0), done.stderr
+    assert command(on_it, "keys", "revoke", key_id).returncode == 1

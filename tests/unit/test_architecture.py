@@ -32,7 +32,16 @@ LAYERS = {
     },
     "keys": {"database", "documents", "errors", "settings", "times"},
     "auth": {"errors", "keys", "scopes", "settings"},
-    "lifecycle": {"chat_service", "database", "documents", "errors", "payloads", "scopes", "settings"},
+    "lifecycle": {
+        "chat_service",
+        "database",
+        "documents",
+        "errors",
+        "payloads",
+        "scopes",
+        "settings",
+        "times",
+    },
     "audit": {"database", "documents", "errors"},
 }
 

@@ -1,0 +1,200 @@
+"""An import takes the conversation's id first: what it stores is nobody's to see until all of it is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pymongo import MongoClient
+from pymongo.uri_parser import parse_uri
+
+from tests.harness import Service, append, create, new_id, whole_history
+from tests.integration.test_lifecycle import CONVERSATION, END, HEAD, command, message
+from tests.mongo_proxy import MongoProxy, mongo_proxied
+
+
+def big_export(file: Path, conversation: str, *, count: int = 1_200, user: str = "ada") -> None:
+    """An export of one conversation, which an import stores in three batches."""
+    about = {
+        **CONVERSATION,
+        "id": conversation,
+        "user_id": user,
+        "last_seq": count,
+        "message_count": count,
+    }
+    told = {"conversation_id": conversation, "user_id": user, "content": "hers alone"}
+    messages = [message(**told, id=f"m{seq}", seq=seq) for seq in range(1, count + 1)]
+    end = {**END, "messages": count}
+    file.write_text("".join(json.dumps(each) + "\n" for each in (HEAD, about, *messages, end)))
+
+
+@pytest.fixture
+def behind_a_proxy(service: Service, tmp_path: Path) -> Iterator[tuple[Service, MongoProxy]]:
+    """A service's settings for commands whose database is reached through a proxy; it is not started."""
+    name = str(parse_uri(service.database_url)["database"])
+    with mongo_proxied(service.database_url, name, hide_engine=False) as proxy:
+        yield Service(tmp_path, mongodb_url=proxy.url, database_timeout_ms=3_000), proxy
+
+
+def interrupted_import(behind: tuple[Service, MongoProxy], file: Path, conversation: str) -> None:
+    """Import, and let the database refuse the second batch."""
+    service, proxy = behind
+
+    def second(insert: Any) -> bool:
+        return bool(insert["documents"][0]["_id"] == f"{conversation}/m501")
+
+    proxy.fail("insert", 8, "UnknownError", when=second)
+    done = command(service, "import", str(file))
+    assert done.returncode == 1, done.stderr
+    proxy.forget()
+    stored = proxy.latest.messages.count_documents({"conversation_id": conversation})
+    assert stored == 500
+
+
+def test_nobody_gets_what_an_interrupted_import_stored_and_the_same_import_goes_on(
+    service: Service, client: httpx.Client, behind_a_proxy: tuple[Service, MongoProxy], tmp_path: Path
+) -> None:
+    conversation, file = new_id(), tmp_path / "ada.ndjson"
+    big_export(file, conversation)
+    interrupted_import(behind_a_proxy, file, conversation)
+    # The id is taken, as any other; nobody sees anything under it, not even whose it will be.
+    taken = client.post("/conversations", json={"user_id": "bob", "id": conversation})
+    assert taken.status_code == 409, taken.text
+    for path in ("", "/messages", "/messages/m1"):
+        for user in ("bob", "ada"):
+            answer = client.get(f"/conversations/{conversation}{path}", params={"user_id": user})
+            assert answer.status_code == 404, answer.text
+    assert client.post(f"/conversations/{conversation}/messages", json={"role": "user"}).status_code == 404
+    assert client.delete(f"/conversations/{conversation}").status_code == 404
+    found = command(service, "verify").stdout
+    assert conversation not in found  # an import that is going on is no violation
+    # Another user's import of the id waits; the same one goes on.
+    other = tmp_path / "bob.ndjson"
+    big_export(other, conversation, user="bob")
+    refused = command(service, "import", str(other))
+    assert (refused.returncode, "import is going on" in refused.stderr) == (1, True), refused.stderr
+    done = command(service, "import", str(file))
+    assert done.returncode == 0, done.stderr
+    assert len(whole_history(client, conversation)) == 1_200
+    about = client.get(f"/conversations/{conversation}", params={"user_id": "ada"}).json()
+    assert (about["message_count"], about["updated_at"]) == (1_200, CONVERSATION["updated_at"])
+    assert append(client, conversation, {"role": "user"})[0]["seq"] == 1_201
+
+
+def test_an_abandoned_import_is_removed_and_its_id_is_free(
+    service: Service, client: httpx.Client, behind_a_proxy: tuple[Service, MongoProxy], tmp_path: Path
+) -> None:
+    conversation, file = new_id(), tmp_path / "ada.ndjson"
+    big_export(file, conversation)
+    interrupted_import(behind_a_proxy, file, conversation)
+    proxy = behind_a_proxy[1]
+    long_ago = {"$set": {"updated_at": datetime.now(UTC) - timedelta(minutes=11)}}
+    proxy.latest.conversations.update_one({"_id": conversation}, long_ago)
+    assert f"{conversation}: its import was interrupted" in command(service, "verify").stdout
+    made = client.post("/conversations", json={"user_id": "bob", "id": conversation})
+    assert made.status_code == 201, made.text
+    assert client.get(f"/conversations/{conversation}/messages/m1").status_code == 404
+    assert append(client, conversation, {"role": "user", "id": "m1"})[0]["seq"] == 1
+    assert proxy.latest.messages.count_documents({"conversation_id": conversation}) == 1
+    done = command(service, "import", str(file))
+    assert (done.returncode, "Something else stands" in done.stderr) == (1, True), done.stderr
+
+
+def test_erasing_a_user_takes_what_an_interrupted_import_stored_of_his(
+    client: httpx.Client, behind_a_proxy: tuple[Service, MongoProxy], tmp_path: Path
+) -> None:
+    conversation, user, file = new_id(), new_id("user"), tmp_path / "user.ndjson"
+    big_export(file, conversation, user=user)
+    interrupted_import(behind_a_proxy, file, conversation)
+    receipt = client.delete(f"/users/{user}").json()
+    assert (receipt["conversations"], receipt["messages"]) == (1, 500)
+    assert behind_a_proxy[1].latest.messages.count_documents({"user_id": user}) == 0
+
+
+def test_two_imports_of_one_conversation_at_once_store_it_once(
+    service: Service, client: httpx.Client, tmp_path: Path
+) -> None:
+    conversation, file = new_id(), tmp_path / "ada.ndjson"
+    big_export(file, conversation)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "service", "import", str(file)],
+            env=service.environment(),
+            cwd=service.directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    for each in both:
+        _, errors = each.communicate(timeout=120)
+        assert each.returncode == 0, errors
+    assert [each["seq"] for each in whole_history(client, conversation)] == list(range(1, 1_201))
+    assert client.get(f"/conversations/{conversation}").json()["message_count"] == 1_200
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before_the_request", "before_the_answer"])
+def test_an_import_knows_its_own_last_batch_whose_answer_was_lost(
+    client: httpx.Client, behind_a_proxy: tuple[Service, MongoProxy], tmp_path: Path, before: bool
+) -> None:
+    conversation, file = new_id(), tmp_path / "ada.ndjson"
+    big_export(file, conversation, count=3)
+    service, proxy = behind_a_proxy
+    # Both of the driver's attempts to commit are lost: when the id is taken, and with the only batch.
+    proxy.unknown_commit(before=before, when=proxy.wrote("insert", "conversations"))
+    proxy.unknown_commit(before=before, when=proxy.wrote("insert", "messages"))
+    done = command(service, "import", str(file))
+    assert done.returncode == 0, done.stderr
+    assert len(whole_history(client, conversation)) == 3
+
+
+def test_what_an_older_version_left_of_an_import_is_shown_to_nobody(
+    service: Service, client: httpx.Client, tmp_path: Path
+) -> None:
+    """Messages without a conversation, under an id that another user then takes."""
+    conversation, file = new_id(), tmp_path / "ada.ndjson"
+    big_export(file, conversation)
+    theirs = [
+        {
+            "_id": f"{conversation}/m{seq}",
+            "conversation_id": conversation,
+            "user_id": "ada",
+            "seq": seq,
+            "created_at": datetime(2026, 1, 1, tzinfo=UTC),
+            "role": "user",
+            "content": "hers alone",
+        }
+        for seq in range(1, 5)
+    ]
+    with MongoClient[dict[str, Any]](service.database_url, tz_aware=True) as operator:
+        messages = operator.get_default_database().messages
+        messages.insert_many(theirs)
+        path = f"/conversations/{conversation}"
+        create(client, conversation, user="bob")
+        for place in ("/messages/m1", "/messages/m4"):
+            assert client.get(path + place, params={"user_id": "bob"}).status_code == 404
+            assert client.delete(path + place, params={"user_id": "bob"}).status_code == 404
+        assert client.get(f"{path}/messages").json()["data"] == []
+        assert client.post(f"{path}/pop").status_code == 204
+        for body in ({"role": "user"}, {"role": "user", "id": "m1"}):
+            refused = client.post(f"{path}/messages", json=body)
+            assert refused.status_code == 500
+            assert "chat-history verify --repair" in refused.json()["detail"]
+        assert messages.count_documents({"conversation_id": conversation}) == 4
+        found = command(service, "verify", "--repair")
+        assert f"{conversation}: 4 messages of another user" in found.stdout, found.stdout
+        assert append(client, conversation, {"role": "user", "id": "m1"})[0]["seq"] == 1
+        assert [each["user_id"] for each in whole_history(client, conversation)] == ["bob"]
+        # Where nobody took the id, the same import finds them and goes on.
+        client.delete(path).raise_for_status()
+        messages.insert_many(theirs)
+        done = command(service, "import", str(file))
+        assert done.returncode == 0, done.stderr
+        assert len(whole_history(client, conversation)) == 1_200
