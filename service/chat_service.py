@@ -356,8 +356,10 @@ class ChatService:
         if not found:
             return None
         existing = _loaded(found[0])
-        if existing.user_id == owner and batch is not None:
-            await self._stored_before(key, owner, batch, transaction)
+        ours = existing.user_id == owner
+        if ours and batch and await self._stored_before(key, owner, batch, transaction) is None:
+            # They were stored together with the conversation, and are gone.
+            raise IdempotencyConflict("This key stands for messages that were deleted.")
         if existing.user_id not in {owner, NOBODY}:
             raise _id_taken(key)
         return existing
@@ -622,22 +624,29 @@ class ChatService:
         async with self._database.call():
             batch = self._incoming(messages, places, naming)
             key, owner = self._named(conversation_id, user_id)
-            transaction = Transaction()
-            try:
-                store = functools.partial(self._store, _owned(key, owner), batch)
-                stored = await self._write(key, store, transaction)
-            except DuplicateKeyError as error:
-                if _is_broken_counter(error):
-                    raise _broken_counter(key) from error
-                # One round trip more than reads outside of a transaction, at a replay only.
-                stored = await self._decided(functools.partial(self._stored_before, key, owner, batch))
-                replayed = not transaction.may_have_committed
-            else:
-                replayed = False
+            stored, replayed = await self._store_once(key, owner, batch)
         metrics.count("replays" if replayed else "appends")
         if not replayed:
             metrics.count("messages_appended", len(stored))
         return Appended(stored, replayed)
+
+    async def _store_once(self, key: Key, owner: Owner | None, batch: _Batch) -> tuple[list[Json], bool]:
+        """Store a batch, or return what an earlier request stored and True."""
+        transaction, pause_s = Transaction(), _PAUSE_S
+        store = functools.partial(self._store, _owned(key, owner), batch)
+        while True:  # until the deadline of the call
+            try:
+                return await self._write(key, store, transaction), False
+            except DuplicateKeyError as error:
+                if _is_broken_counter(error):
+                    raise _broken_counter(key) from error
+                # One round trip more than reads outside of a transaction, at a replay only.
+                before = await self._decided(functools.partial(self._stored_before, key, owner, batch))
+            if before is not None:
+                return before, not transaction.may_have_committed
+            # It was deleted between the two transactions, or a lost primary took it: the ids are free.
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_S_MAX)
 
     def _incoming(
         self, messages: Sequence[Mapping[str, Any]], places: Sequence[Path], naming: Naming
@@ -678,8 +687,8 @@ class ChatService:
 
     async def _stored_before(
         self, key: Key, owner: Owner | None, batch: _Batch, transaction: Transaction
-    ) -> list[Json]:
-        """Return what an earlier request stored under these ids, if it was this very request.
+    ) -> list[Json] | None:
+        """Return what an earlier request stored under these ids, if it was this very request, or None.
 
         It looks in a transaction, since the duplicate was seen in one: the message may be committed on the
         primary, and a majority read not show it yet.
@@ -687,6 +696,13 @@ class ChatService:
         conversation = await self._conversation(key, owner, transaction)
         first = await self._message(conversation, batch.messages[0].id, transaction)
         if first is None:
+            ids = [message_key(key, each) for each in batch.ids]
+            named = {"_id": {"$in": ids}, "conversation_id": key}
+            others = await self._database.read(Message, named, session=transaction.session)
+            if not others:
+                return None
+            if any(not _is_of(conversation.user_id, each) for each in others):
+                raise _broken_counter(key)
             raise IdempotencyConflict("Some of these messages are stored already, and some are not.")
         low, count = first["seq"] - 1, len(batch.messages)
         span = Span(key, low, low + count + 1)
@@ -1119,7 +1135,7 @@ class ChatService:
 
 
 # What a look may find, and raise.
-_FINDINGS = (ConversationIdTaken, ConversationNotFound, IdempotencyConflict)
+_FINDINGS = (BrokenCounter, ConversationIdTaken, ConversationNotFound, IdempotencyConflict)
 _ASC = [("seq", ASCENDING)]
 _DESC = [("seq", DESCENDING)]
 _ONE_LESS = {"$inc": {"message_count": -1}}

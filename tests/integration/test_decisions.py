@@ -267,6 +267,20 @@ def _data_commands(proxy: MongoProxy) -> list[str]:
     return [each.name for each in list(proxy.seen) if each.name in names and each.in_transaction]
 
 
+def test_an_append_that_meets_a_message_which_is_then_gone_is_stored(
+    proxy: MongoProxy, ours: httpx.Client
+) -> None:
+    """A duplicate that a lost primary takes with it, or that is deleted meanwhile, is no conflict."""
+    conversation = create(ours, new_id())
+    send = keyed(ours, f"/conversations/{conversation}/messages", MESSAGE)
+    stored = send().json()
+    gone = {"_id": f"{conversation}/{stored['id']}"}
+    proxy.rule("abortTransaction", call=lambda: proxy.latest.messages.delete_one(gone))
+    again = send()
+    assert again.status_code == 201, again.text
+    assert whole_history(ours, conversation) == [again.json()]
+
+
 def test_a_seq_that_is_taken_is_no_replay_and_says_what_mends_it(
     proxy: MongoProxy, ours: httpx.Client
 ) -> None:
