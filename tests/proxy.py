@@ -105,6 +105,21 @@ class Proxy:
             writer.transport.abort()
             return
         self._writers |= {writer, there_writer}
+        try:
+            await self._exchange(reader, writer, there_reader, there_writer)
+        finally:
+            for each in (writer, there_writer):
+                self._writers.discard(each)
+                each.transport.abort()
+
+    async def _exchange(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        there_reader: asyncio.StreamReader,
+        there_writer: asyncio.StreamWriter,
+    ) -> None:
+        """Pass bytes on in both directions until either side ends."""
         doomed = asyncio.Event()
         pumps = [
             asyncio.create_task(self._requests(reader, there_writer, doomed)),
@@ -115,9 +130,6 @@ class Proxy:
         finally:
             for pump in pumps:
                 pump.cancel()
-            for each in (writer, there_writer):
-                self._writers.discard(each)
-                each.transport.abort()
 
     async def _requests(
         self, reader: asyncio.StreamReader, there: asyncio.StreamWriter, doomed: asyncio.Event
