@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -26,7 +27,7 @@ from service.audit import Audit
 from service.auth import Authenticator
 from service.chat_service import ChatService
 from service.database import Database
-from service.errors import ChatHistoryError, Overloaded
+from service.errors import ChatHistoryError, DatabaseUnavailable, Overloaded
 from service.keys import Keys
 from service.lifecycle import Lifecycle
 from service.settings import Settings
@@ -117,17 +118,35 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 async def _tidy(chat: ChatService, lifecycle: Lifecycle) -> None:
     """Take up interrupted deletions and erasures, and remove what has expired, now and every minute."""
+    steps: dict[str, Callable[[], Awaitable[None]]] = {
+        "deletions": functools.partial(_finish_deletions, chat),
+        "erasures": functools.partial(_finish_erasures, lifecycle),
+        "expiry": functools.partial(_expire, lifecycle),
+    }
     while True:
-        try:
-            if count := await chat.finish_deletions():
-                log.info("deletions_finished", conversations=count)
-            if count := await lifecycle.resume():
-                log.info("erasures_finished", users=count)
-            if (expired := await lifecycle.expire()).conversations:
-                log.info("expired", conversations=expired.conversations, messages=expired.messages)
-        except ChatHistoryError as error:
-            log.debug("tidying_postponed", problem=error.slug())
+        for name, step in steps.items():
+            try:
+                await step()
+            except DatabaseUnavailable as error:
+                log.warning("tidying_postponed", step=name, problem=error.slug())
+            except Exception as error:  # no step may end the others, nor this task
+                log.error("tidying_failed", step=name, exc_info=error)
         await asyncio.sleep(_TIDY_EVERY_S)
+
+
+async def _finish_deletions(chat: ChatService) -> None:
+    if count := await chat.finish_deletions():
+        log.info("deletions_finished", conversations=count)
+
+
+async def _finish_erasures(lifecycle: Lifecycle) -> None:
+    if count := await lifecycle.resume():
+        log.info("erasures_finished", users=count)
+
+
+async def _expire(lifecycle: Lifecycle) -> None:
+    if (expired := await lifecycle.expire()).conversations:
+        log.info("expired", conversations=expired.conversations, messages=expired.messages)
 
 
 def _stop_with_parent() -> None:

@@ -23,6 +23,8 @@ from service.errors import ChatHistoryError
 
 _EVERY_S = 1.0
 _AT_ONCE = 500
+# How long the last entries may take when the service is told to stop.
+_LAST_S = 1.0
 _WAITING_MOST = 50_000
 log = structlog.get_logger(__name__)
 
@@ -54,14 +56,17 @@ class Audit:
             self._writer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._writer
-        await self._write()
+        await self._write(seconds=_LAST_S)
 
     async def _write_always(self) -> None:
         while True:
             await asyncio.sleep(_EVERY_S)
-            await self._write()
+            try:
+                await self._write()
+            except Exception as error:  # or nobody would write any more, without a word
+                log.error("audit_failed", exc_info=error)
 
-    async def _write(self) -> None:
+    async def _write(self, seconds: float | None = None) -> None:
         while self._waiting:
             entries = self._waiting[:_AT_ONCE]
 
@@ -69,7 +74,7 @@ class Audit:
                 await self._database.insert(AuditEntry, entries, transaction.session)
 
             try:
-                async with self._database.call():
+                async with self._database.call(seconds=seconds):
                     # Where they are there already, it was an attempt whose answer was lost.
                     with contextlib.suppress(DuplicateKeyError):
                         await self._database.transaction(insert)

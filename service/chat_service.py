@@ -35,13 +35,24 @@ import copy
 import functools
 import hashlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unpack
 from weakref import WeakValueDictionary
 
 import bson
+import structlog
+from bson.errors import InvalidBSON
 from pydantic import TypeAdapter, ValidationError
 from pymongo import ASCENDING, DESCENDING
 from pymongo.errors import DuplicateKeyError
@@ -67,6 +78,7 @@ from service.errors import (
     Fault,
     IdempotencyConflict,
     InvalidRequest,
+    MalformedDocument,
     MessageNotFound,
 )
 from service.payloads import Path
@@ -78,6 +90,7 @@ Json = dict[str, Any]
 Order = Literal["asc", "desc"]
 P = ParamSpec("P")
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 # How many messages one read of a page fetches before it looks at how large they are.
 _CHUNK_ITEMS = 64
@@ -173,18 +186,20 @@ class ListPosition:
 
 @dataclass(frozen=True)
 class ConversationList:
-    """A page of conversations, latest activity first, and whether any follow."""
+    """A page of conversations, latest activity first, and whether any follow.
+
+    `left_out` are the ids of those within the page that cannot be read; `edge` is where the page ends.
+    """
 
     conversations: list[Conversation]
     has_more: bool
+    edge: ListPosition | None
+    left_out: Sequence[str] = ()
 
     @property
     def next(self) -> ListPosition | None:
         """The position to continue from, or None where nothing follows."""
-        if not self.has_more:
-            return None
-        last = self.conversations[-1]
-        return ListPosition(last.updated_at, last.id)
+        return self.edge if self.has_more else None
 
 
 @dataclass(frozen=True)
@@ -432,10 +447,13 @@ class ChatService:
     async def list_conversations(
         self, user_id: str, *, limit: int | None = None, after: ListPosition | None = None
     ) -> ConversationList:
-        """Return a page of the user's conversations, latest activity first, after a position."""
+        """Return a page of the user's conversations, latest activity first, after a position.
+
+        A conversation that is not well formed is left out and logged, so that the others can be read.
+        """
         limit = self._page_items(limit)
         owner = self._scope.owner_of(user_id)
-        found: list[Conversation] = []
+        found: list[Conversation | ListPosition] = []
         if after is not None:
             # Those of the very millisecond at which the page before ended come first, by their ids.
             same_time = {
@@ -449,11 +467,18 @@ class ChatService:
                 break
             query = list_query(owner, begin, end)
             found += await self._listed(query, limit + 1 - len(found))
-        return ConversationList([_shown(each) for each in found[:limit]], len(found) > limit)
+        page = found[:limit]
+        return ConversationList(
+            [_shown(each) for each in page if isinstance(each, Conversation)],
+            len(found) > limit,
+            _place(page[-1]) if page else None,
+            [each.conversation_id for each in page if isinstance(each, ListPosition)],
+        )
 
-    async def _listed(self, query: Json, limit: int) -> list[Conversation]:
+    async def _listed(self, query: Json, limit: int) -> list[Conversation | ListPosition]:
+        """Read conversations, and only the position of each that is not well formed."""
         found = await self._database.read(Conversation, query, sort=_LATEST_FIRST, limit=limit)
-        return [_loaded(each) for each in found]
+        return [_loaded_or_place(each) for each in found]
 
     def _list_windows(self, after: ListPosition | None) -> Iterator[tuple[datetime, datetime]]:
         """Cut the past into windows, newest first: one, or growing ones where a limit saves no reading.
@@ -483,27 +508,30 @@ class ChatService:
         self,
         key: Key,
         owned: Json,
-        also: Callable[[Transaction, Conversation], Awaitable[None]] | None = None,
+        also: Callable[[Transaction, int], Awaitable[None]] | None = None,
     ) -> None:
         """Delete a conversation of any tenant, if `owned` matches it; `also` is part of the deletion.
 
-        What `also` writes commits with the moment at which the conversation is gone. Raises
+        What `also` writes, which is told how many messages there are, commits with the moment at which the
+        conversation is gone. One that is not well formed is deleted like any other. Raises
         ConversationNotFound.
         """
 
         async def begin(transaction: Transaction) -> bool:
             changes = {"$set": {"user_id": NOBODY, "importing": None}}
             try:
-                found = await self._lock(transaction, owned, changes)
+                found = payloads.decode_anything(await self._locked(transaction, owned, changes))
             except ConversationNotFound:
                 if transaction.may_have_committed:
                     return False  # by ourselves, the answer to which was lost; what is left is finished below
                 raise
+            count = found.get("message_count")
             if also is not None:
-                await also(transaction, found)
-            if found.message_count <= DELETE_BATCH_ITEMS:
+                await also(transaction, count if isinstance(count, int) else 0)
+            at_once = isinstance(count, int) and count <= DELETE_BATCH_ITEMS
+            if at_once:
                 await self._remove(transaction, key)
-            return found.message_count <= DELETE_BATCH_ITEMS
+            return at_once
 
         async with self._database.call():
             gone = await self._write(key, begin)
@@ -536,10 +564,11 @@ class ChatService:
         # Each step asks anew whether it is still this deletion. Another process may finish it meanwhile, and
         # somebody may take the id that is then free.
         try:
-            await self._delete_span(Span(key, 0, found.last_seq), deleting)
+            # One that is not well formed has no counter to go by (`found` is 0), so all of it goes at once.
+            await self._delete_span(Span(key, 0, found), deleting)
 
             async def remove(transaction: Transaction) -> None:
-                await self._lock(transaction, deleting, {})
+                await self._locked(transaction, deleting, {})
                 await self._remove(transaction, key)
 
             async with self._database.call():
@@ -548,19 +577,23 @@ class ChatService:
             pass
         return True
 
-    async def _take_up(self, key: Key, transaction: Transaction) -> Conversation | None:
-        """Return a conversation whose deletion is to be finished; None for an import that is going on."""
+    async def _take_up(self, key: Key, transaction: Transaction) -> int | None:
+        """Return the `last_seq` of a conversation whose deletion is to be finished, 0 where it has none.
+
+        It is None for an import that is going on.
+        """
         named = {"_id": key, "user_id": NOBODY}
         found = await self._database.read(Conversation, named, limit=1, session=transaction.session)
         if not found:
             raise _no_conversation(key)
-        conversation = _loaded(found[0])
-        if conversation.importing is None:
-            return conversation
-        if times.now() - conversation.updated_at < IDLE:
-            return None
-        # From now on the next batch of that import, should there be one, finds that it has lost the id.
-        return await self._lock(transaction, named, {"$set": {"importing": None}})
+        fields = payloads.decode_anything(found[0])
+        last_seq, time = fields.get("last_seq"), fields.get("updated_at")
+        if fields.get("importing") is not None:
+            if isinstance(time, datetime) and times.now() - time < IDLE:
+                return None
+            # From now on the next batch of that import, should there be one, finds that it has lost the id.
+            await self._locked(transaction, named, {"$set": {"importing": None}})
+        return last_seq if isinstance(last_seq, int) else 0
 
     async def finish_deletions(self) -> int:
         """Take up the deletions and imports that a crash or an outage interrupted, of all tenants.
@@ -568,8 +601,9 @@ class ChatService:
         Returns how many there were; an import that is going on is none of them.
         """
         async with self._database.call():
-            found = await Conversation.find({"user_id": NOBODY}).to_list()
-        return sum([await self.finish_deletion(Key(each.id)) for each in found])
+            found = await self._database.read(Conversation, {"user_id": NOBODY})
+        ids = [payloads.decode_anything(each)["_id"] for each in found]
+        return await one_by_one(self._database, "deletion_not_finished", ids, self.finish_deletion)
 
     # -- appending ---------------------------------------------------------------------------------
 
@@ -1029,7 +1063,7 @@ class ChatService:
         `counts` remembers what each run deleted: where nothing is left for this one, an earlier one whose
         answer was lost has committed, for these messages are below `last_seq` and do not come back.
         """
-        await self._lock(transaction, owned, {})
+        await self._locked(transaction, owned, {})
         result = await Message.find(batch.query()).delete(session=transaction.session)
         count = result.deleted_count if result else 0
         if count:
@@ -1064,11 +1098,15 @@ class ChatService:
 
         Its `updated_at` moves to now, and never backwards, whatever this process's clock says.
         """
+        return _loaded(await self._locked(transaction, owned, changes))
+
+    async def _locked(self, transaction: Transaction, owned: Json, changes: Json) -> bytes:
+        """Do the same, and return the conversation undecoded, well formed or not."""
         update = {**changes, "$max": {"updated_at": times.now()}}
         found = await self._database.update(Conversation, owned, update, transaction.session)
         if found is None:
             raise _no_conversation(Key(owned["_id"]))
-        return _loaded(found)
+        return found
 
     async def _write(
         self,
@@ -1336,7 +1374,10 @@ def _public(raw: bytes) -> Json:
 
 
 def _all_public(documents: Sequence[bytes]) -> list[Json]:
-    return list(map(public, payloads.decode_all(documents)))
+    try:
+        return list(map(public, payloads.decode_all(documents)))
+    except (AttributeError, InvalidBSON, KeyError, TypeError) as error:
+        raise MalformedDocument(f"A message of this conversation is not well formed. {_VERIFY}") from error
 
 
 def public(stored: Json) -> Json:
@@ -1352,9 +1393,59 @@ def _fields(message: Json) -> Json:
     return {name: value for name, value in message.items() if name not in {"id", *OWNED_FIELDS}}
 
 
+_VERIFY = "`chat-history verify` names it; an operator must mend or remove it."
+
+
 def _loaded(raw: bytes) -> Conversation:
-    conversation: Conversation = Conversation.model_validate(payloads.decode(raw))
+    try:
+        conversation: Conversation = Conversation.model_validate(payloads.decode(raw))
+    except (InvalidBSON, ValidationError) as error:
+        raise MalformedDocument(f"The stored conversation is not well formed. {_VERIFY}") from error
     return conversation
+
+
+def _loaded_or_place(raw: bytes) -> Conversation | ListPosition:
+    """Return a conversation, or only where it stands in a list if it is not well formed, and log that."""
+    try:
+        return _loaded(raw)
+    except MalformedDocument as error:
+        fields = payloads.decode_anything(raw)
+        log.error("document_malformed", id=shown_id(fields["_id"]), error=type(error.__cause__).__name__)
+        time = fields.get("updated_at")
+        return ListPosition(time if isinstance(time, datetime) else _BEGINNING, own_id(str(fields["_id"])))
+
+
+def _place(listed: Conversation | ListPosition) -> ListPosition:
+    if isinstance(listed, ListPosition):
+        return listed
+    return ListPosition(listed.updated_at, own_id(listed.id))
+
+
+def shown_id(value: Any) -> str:
+    """Return an id that somebody may have made by hand as it can be logged and printed."""
+    plain = isinstance(value, str | int | bson.ObjectId)
+    return str(value)[:200] if plain else f"(a {type(value).__name__})"
+
+
+async def one_by_one(
+    database: Database, failed: str, documents: Iterable[T], work: Callable[[T], Awaitable[object]]
+) -> int:
+    """Do the work for each document, or id, by itself, and return for how many it was done.
+
+    Work that returns False had nothing to do.
+    One that fails is logged as `failed`, with its id and the error's type, and does not stop the rest; only
+    a database that is away does.
+    """
+    done = 0
+    for each in documents:
+        try:
+            done += await work(each) is not False
+        except Exception as error:  # whatever is wrong with one is no reason to leave the others
+            key = payloads.decode_anything(each)["_id"] if isinstance(each, bytes) else each
+            log.error(failed, id=shown_id(key), error=type(error).__name__)
+            if isinstance(error, DatabaseUnavailable) and not await database.is_ready():
+                raise
+    return done
 
 
 def _shown(conversation: Conversation) -> Conversation:

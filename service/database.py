@@ -19,7 +19,9 @@ import contextlib
 import contextvars
 import functools
 import os
+import re
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,18 +30,21 @@ from typing import Any, TypeVar
 import pymongo
 import structlog
 from beanie import Document, init_beanie
+from bson.errors import InvalidBSON
 from bson.raw_bson import RawBSONDocument
+from pydantic import ValidationError
 from pymongo import monitoring
 from pymongo.client_session import ClientSession
 from pymongo.collection import Collection
 from pymongo.errors import (
     BulkWriteError,
+    ConfigurationError,
     ConnectionFailure,
     DuplicateKeyError,
     OperationFailure,
     PyMongoError,
     ServerSelectionTimeoutError,
-    WTimeoutError,
+    WriteConcernError,
 )
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
@@ -51,6 +56,7 @@ from service.errors import (
     BatchTooLarge,
     ChatHistoryError,
     DatabaseUnavailable,
+    MalformedDocument,
     StorageFull,
     UnsuitableDatabase,
 )
@@ -73,23 +79,78 @@ _THREADS = 32
 _READY_TIMEOUT_S = 1.0
 # By how much the loop's deadline is later than the driver's.
 _GRACE_S = 0.2
-# How often a lost session is killed once the database answers again, and how many in one command.
+# How often a lost session is killed once the database answers again, how many in one command, and how long
+# the pauses are while it does not answer.
 _KILLS = 5
 _KILLS_AT_ONCE = 1_000
+_KILL_PAUSE_S, _KILL_PAUSE_MOST_S = 0.1, 5.0
+# The server ends a transaction that is older than 60 s, and looks for such every 30 s. So much later a lost
+# session needs no killing, and no more of them than this are kept.
+_SERVER_ENDS_S = 90.0
+_LOST_MOST = 10_000
+# How long no session is killed after the server has refused to kill one.
+_REFUSED_S = 600.0
+_ABORT_TIMEOUT_S = 2.0
+_CLOSE_TIMEOUT_S = 1.0
 # Indexes are made at start, and on an existing database of another shape that may take a while.
 _INDEXES_TIMEOUT_S = 600.0
-# Codes of the server: 14031 OutOfDiskSpace; 257 TransactionTooLarge and 388 TransactionTooLargeForCache;
-# then 1 InternalError and 8 UnknownError, 24 LockTimeout, 50 MaxTimeMSExpired, 112 WriteConflict,
-# 251 NoSuchTransaction, 290 TransactionExceededLifetimeLimit, and 91, 189, 10107, 11600, 11602, 13435
-# and 13436: shutting down, or no longer the primary.
+# Codes of the server, which names them in its `error_codes.yml`.
 _OUT_OF_SPACE = {14031}
 _TOO_LARGE = {257, 388}
-_AWAY = {1, 8, 24, 50, 91, 112, 189, 251, 290, 10107, 11600, 11602, 13435, 13436}
-
-_NO_ANSWER = (
-    "It did not answer in time. A write whose answer is lost may have been stored: repeat it with the same "
-    "Idempotency-Key or message ids, and it is stored once."
+_UNAUTHORIZED = 13
+_WRONG_CREDENTIALS = {18, 334}  # AuthenticationFailed, MechanismUnavailable
+_ATLAS = 8000  # everything that Atlas refuses, told apart only by the text
+# An index stands in another form, or what is stored contradicts it.
+_CONTRADICTED = {67, 85, 86, 197, 11000}
+# The database, or a part of it, cannot serve now, and will: the same call later may succeed.
+_AWAY = frozenset(
+    {
+        # It is not the primary, no longer or not yet, or it is shutting down.
+        *(91, 94, 109, 123, 133, 149, 189, 216, 308, 333, 372, 10058, 10107, 11600, 11602, 13435, 13436),
+        # A node does not reach another one, or not in time.
+        *(6, 7, 71, 74, 83, 89, 107, 145, 172, 173, 174, 190, 199, 202, 230, 303, 317, 384, 407, 9001, 56846),
+        # It was interrupted, took too long, or its cursor or plan was ended.
+        *(24, 43, 46, 50, 90, 143, 175, 194, 237, 262, 279, 281, 282, 290, 310, 312, 314, 355, 442, 453),
+        *(11601, 46841, 91331, 10045600),
+        # A majority was not there.
+        *(64, 75, 79, 100, 134),
+        # The transaction or its session is gone, or collided with something.
+        *(112, 117, 206, 217, 225, 228, 251, 267, 356, 358, 363, 413, 50915),
+        # Its view of the cluster, or of time, was out of date: chunks, databases or shards are being moved.
+        *(63, 70, 135, 150, 203, 209, 210, 211, 215, 227, 234, 239, 246, 249, 250, 272, 319, 338, 342, 343),
+        *(406, 412, 414, 9996, 13388),
+        # An index is being built.
+        *(276, 285, 12586, 12587),
+        # It has too much to do, or lets nobody write for now.
+        *(208, 261, 264, 365, 371, 402, 433, 449, 450, 462),
+        # Who we are must be proved again, which the driver does by itself.
+        391,
+        # InternalError and UnknownError: it does not say.
+        *(1, 8),
+    }
 )
+_PASSING_LABELS = (
+    "TransientTransactionError",
+    "UnknownTransactionCommitResult",
+    "RetryableWriteError",
+    "RetryableError",
+    "SystemOverloadedError",
+)
+
+_MAY_BE_STORED = (
+    "A write may have been stored nevertheless: repeat it with the same Idempotency-Key or message ids, and "
+    "it is stored once."
+)
+_NO_ANSWER = f"The database did not answer in time, or could not serve this call. {_MAY_BE_STORED}"
+_NO_PRIVILEGE = (
+    "The database user lacks a privilege (code 13). Grant it the role `readWrite` on the database of the "
+    "service; if CHAT_MONGODB_URL names no user, name one."
+)
+_NO_LOGIN = (
+    "The database refuses the user name or the password of CHAT_MONGODB_URL (code {code}). Correct them, and "
+    "let `authSource` name the database in which the user is defined."
+)
+_NO_URL = "CHAT_MONGODB_URL, or a setting that goes with it, cannot be used: {why}."
 STANDALONE = (
     "This MongoDB is a standalone server, which has no transactions. Start it as a replica set of one: "
     "`mongod --replSet rs0`, and once `mongosh --eval 'rs.initiate()'`."
@@ -109,6 +170,23 @@ class Transaction:
     wrote: bool = True
 
 
+@dataclass(slots=True)
+class _LostSession:
+    """A session whose transaction may still be open on the server, where nobody would end it.
+
+    `in_use` is the session itself, where a thread of the driver was still at work with it.
+    """
+
+    id: Mapping[str, Any]
+    in_use: ClientSession | None
+    since: float
+    kills_left: int = _KILLS
+
+    @property
+    def has_sent(self) -> bool:
+        return self.in_use is None or _has_sent(self.in_use)
+
+
 class Database:
     """The connection, the indexes, transactions, and the raw reading and writing of messages.
 
@@ -126,7 +204,8 @@ class Database:
         self._tried = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="database")
-        self._lost_sessions: dict[bytes, tuple[Mapping[str, Any], int]] = {}
+        self._lost_sessions: dict[bytes, _LostSession] = {}
+        self._no_kills_until = 0.0
         self._killing: asyncio.Task[None] | None = None
         self.embedded_engine = False
         self.engine = "unknown"
@@ -158,30 +237,36 @@ class Database:
             raise self._why_not
 
     async def close(self) -> None:
-        """Stop trying, and close the connections."""
+        """Stop trying, and close the connections, within about two seconds also where nothing answers."""
         self._prepared = False
-        if self._preparing is not None:
-            self._preparing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._preparing
+        ours = [task for task in (self._preparing, self._killing) if task is not None]
+        for task in ours:
+            task.cancel()
+        if ours:
+            await asyncio.wait(ours)
         self._lost_sessions.clear()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=2 * _RECONNECT_S)
+            await asyncio.wait(self._tasks, timeout=_CLOSE_TIMEOUT_S)
         if self._client is not None:
-            self._client.close()
-            self._client = None
-        self._threads.shutdown(wait=False)
+            client, self._client = self._client, None
+            # The driver tells the server which sessions end, and would look for one that is away for 30 s.
+            known = client.delegate.topology_description.has_readable_server()
+            with pymongo.timeout(_CLOSE_TIMEOUT_S if known else _CLOSE_TIMEOUT_S / 10):
+                await asyncio.to_thread(client.close)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _prepare_until_done(self) -> None:
         while not self._prepared:
             try:
                 await self._prepare()
-            except UnsuitableDatabase as error:
-                self._why_not = error
-                log.error("database_unsuitable", detail=error.detail)
-            except (PyMongoError, OSError) as error:
-                self._why_not = DatabaseUnavailable("The database was not reached yet.")
-                log.warning("database_unreachable", error=type(error).__name__)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the next attempt may go better)
+                self._why_not = _why_not_opened(error)
+                code = error.code if isinstance(error, OperationFailure) else None
+                facts = {"error": type(error).__name__, "code": code, "reason": _reason(error)}
+                if isinstance(self._why_not, UnsuitableDatabase):
+                    log.error("database_unsuitable", detail=self._why_not.detail, **facts)
+                else:
+                    log.warning("database_unreachable", **facts)
             self._tried.set()
             if not self._prepared:
                 await asyncio.sleep(_RECONNECT_S)
@@ -220,7 +305,7 @@ class Database:
                 if self._settings.audit_days and self._make_indexes:
                     await self._keep_audit(self._settings.audit_days)
         except OperationFailure as error:
-            if error.code in _AWAY:
+            if error.code not in _CONTRADICTED:
                 raise
             raise UnsuitableDatabase(
                 f"An index cannot be made there (code {error.code}): it stands in another form, or what is "
@@ -243,19 +328,24 @@ class Database:
             options |= {"tls": True, "tlsCAFile": str(settings.mongodb_tls_ca)}
         if settings.mongodb_tls_cert is not None:
             options |= {"tls": True, "tlsCertificateKeyFile": str(settings.mongodb_tls_cert)}
-        return AsyncIOMotorClient(
-            settings.url,
-            appname="chat-history",
-            document_class=NeverDBRef,
-            tz_aware=True,
-            w="majority",
-            journal=True,
-            readConcernLevel="majority",
-            readPreference="primary",
-            connectTimeoutMS=settings.server_selection_timeout_ms,
-            event_listeners=[_Timed()] if metrics.is_enabled() else [],
-            **options,
-        )
+        try:
+            return AsyncIOMotorClient(
+                settings.url,
+                appname="chat-history",
+                document_class=NeverDBRef,
+                tz_aware=True,
+                w="majority",
+                journal=True,
+                readConcernLevel="majority",
+                readPreference="primary",
+                connectTimeoutMS=settings.server_selection_timeout_ms,
+                event_listeners=[_Timed()] if metrics.is_enabled() else [],
+                **options,
+            )
+        except (ConfigurationError, OSError, TypeError, ValueError) as error:
+            # The rest of what the driver says may quote the URL, and with it the password.
+            why = re.split('"|: ', str(error))[0].strip(" .")
+            raise UnsuitableDatabase(_NO_URL.format(why=why)) from error
 
     def _timeout_s(self) -> float:
         """Return how long a call may take: all its time where a primary is known, else less.
@@ -287,7 +377,7 @@ class Database:
         """Bound all database work inside by one deadline, and turn driver errors into our own.
 
         `seconds` is for work that a client does not wait for; without it the setting counts. Raises
-        DatabaseUnavailable, StorageFull or UnsuitableDatabase.
+        DatabaseUnavailable, StorageFull, UnsuitableDatabase or MalformedDocument.
         """
         if not self._prepared:
             raise type(self._why_not)(self._why_not.detail)
@@ -302,6 +392,8 @@ class Database:
             raise DatabaseUnavailable(_NO_ANSWER) from error
         except PyMongoError as error:
             raise domain_error(error) from error
+        except (ValidationError, InvalidBSON) as error:
+            raise MalformedDocument("A document that this call reads is stored in another form.") from error
 
     async def transaction(
         self, work: Callable[[Transaction], Awaitable[T]], transaction: Transaction | None = None
@@ -350,7 +442,7 @@ class Database:
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError):
                 # A thread of the driver still works with this session, so it is not ours to end.
-                self._lose(session)
+                self._lose(session, in_use=True)
                 raise
             abandoned = self._background(self._abandon(session, lost=isinstance(error, ConnectionFailure)))
             if not _is_outage(error):
@@ -372,32 +464,70 @@ class Database:
         A statement that was lost on its way may still arrive after the abort, when the network heals, and
         would lock the conversation for a minute; so a lost session is killed, and killed again.
         """
+        if not _has_sent(session.delegate):
+            session.delegate.end_session()  # which sends nothing
+            return
         if lost:
             self._lose(session)
-        with contextlib.suppress(PyMongoError):
+        # With a deadline, since otherwise aborts would pile up for as long as the database is away.
+        with contextlib.suppress(PyMongoError), pymongo.timeout(_ABORT_TIMEOUT_S):
             await session.end_session()
 
-    def _lose(self, session: Session) -> None:
-        session_id: Any = session.session_id  # a property, whatever Motor's type says
-        self._lost_sessions[bytes(session_id["id"])] = (session_id, _KILLS)
+    def _lose(self, session: Session, *, in_use: bool = False) -> None:
+        """Have the session killed; what is there already is forgotten, oldest first, where it is too much."""
+        now, own = time.monotonic(), session.delegate
+        if now < self._no_kills_until:
+            return
+        if len(self._lost_sessions) >= _LOST_MOST:
+            self._lost_sessions.pop(next(iter(self._lost_sessions)))
+        self._lost_sessions[bytes(own.session_id["id"])] = _LostSession(
+            own.session_id, own if in_use else None, now
+        )
         if self._killing is None or self._killing.done():
             self._killing = self._background(self._kill_lost_sessions())
 
     async def _kill_lost_sessions(self) -> None:
         """Kill the lost sessions once a second, while the database answers, a few times each."""
+        pause = _KILL_PAUSE_S
         while self._lost_sessions and self._client is not None:
-            doomed = dict(list(self._lost_sessions.items())[:_KILLS_AT_ONCE])
+            doomed = self._doomed()
             try:
-                with pymongo.timeout(_READY_TIMEOUT_S):
-                    await self._client.admin.command("killSessions", [each for each, _ in doomed.values()])
-            except PyMongoError:
-                await asyncio.sleep(_RECONNECT_S / 10)
+                if doomed:
+                    with pymongo.timeout(_READY_TIMEOUT_S):
+                        ids = [self._lost_sessions[key].id for key in doomed]
+                        await self._client.admin.command("killSessions", ids)
+            except PyMongoError as error:
+                if isinstance(error, OperationFailure) and not _is_away(error):
+                    self._give_up_killing(error)
+                    return
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, _KILL_PAUSE_MOST_S)
                 continue
-            for key, (session_id, left) in doomed.items():
-                self._lost_sessions.pop(key, None)
-                if left > 1:  # behind those that are still to be killed for the first time
-                    self._lost_sessions[key] = (session_id, left - 1)
+            pause = _KILL_PAUSE_S
+            for key in doomed:
+                lost = self._lost_sessions.get(key)
+                if lost is not None:
+                    lost.kills_left -= 1
+                    if not lost.kills_left:
+                        del self._lost_sessions[key]
             await asyncio.sleep(_RECONNECT_S)
+
+    def _doomed(self) -> list[bytes]:
+        """Choose the sessions to kill next, those first that were killed least; forget what needs no kill."""
+        now = time.monotonic()
+        # By then the thread that was at work with a session has given up, and will send nothing any more.
+        settled_s = 2 * self._settings.database_timeout_ms / 1000
+        for key, lost in list(self._lost_sessions.items()):
+            if now - lost.since > (_SERVER_ENDS_S if lost.has_sent else min(settled_s, _SERVER_ENDS_S)):
+                del self._lost_sessions[key]
+        sent = [key for key, lost in self._lost_sessions.items() if lost.has_sent]
+        return sorted(sent, key=lambda key: -self._lost_sessions[key].kills_left)[:_KILLS_AT_ONCE]
+
+    def _give_up_killing(self, error: OperationFailure) -> None:
+        """Take a refusal for the answer: this user, or this MongoDB, kills no sessions."""
+        self._lost_sessions.clear()
+        self._no_kills_until = time.monotonic() + _REFUSED_S
+        log.warning("sessions_not_killed", code=error.code, reason=_reason(error), again_in_s=_REFUSED_S)
 
     async def _in_one_thread(self, calls: Callable[[], T]) -> T:
         """Run one call of the driver, or several in a row, in one thread, with the deadline that holds here.
@@ -518,18 +648,73 @@ def _worth_another_run(error: BaseException) -> bool:
 
 def domain_error(error: PyMongoError) -> ChatHistoryError:
     """Name a driver's error as the domain does; what it says of content is left behind."""
-    code = error.code if isinstance(error, OperationFailure) else None
-    if code in _OUT_OF_SPACE or "no space left" in str(error).lower():
+    codes, text = _codes(error), str(error).lower()
+    if isinstance(error, WriteConcernError):
+        return DatabaseUnavailable(_NO_ANSWER)  # it is stored on the primary at least, whatever the code
+    if codes & _OUT_OF_SPACE or "no space left" in text or (_ATLAS in codes and "quota" in text):
         return StorageFull("Nothing was stored.")
-    if code in _TOO_LARGE:
+    if codes & _TOO_LARGE:
         return BatchTooLarge("Append it in smaller parts; nothing was stored.")
-    if _is_outage(error) or code in _AWAY:
+    if (refusal := _refusal(codes, text)) is not None:
+        return refusal
+    if _is_away(error) or _ATLAS in codes:
         return DatabaseUnavailable(_NO_ANSWER)
-    return ChatHistoryError(f"The database failed with code {code}.")
+    code = error.code if isinstance(error, OperationFailure) else None
+    return ChatHistoryError(f"The database failed with code {code}. {_MAY_BE_STORED}")
+
+
+def _refusal(codes: set[int], text: str) -> ChatHistoryError | None:
+    """Name the error of a database that knows us not, or lets us not do this; text is in lower case."""
+    atlas = _ATLAS in codes
+    if codes & _WRONG_CREDENTIALS or (atlas and ("bad auth" in text or "authentication failed" in text)):
+        return UnsuitableDatabase(_NO_LOGIN.format(code=min(codes & {*_WRONG_CREDENTIALS, _ATLAS})))
+    if _UNAUTHORIZED in codes or (atlas and ("not allowed" in text or "not authorized" in text)):
+        return ChatHistoryError(_NO_PRIVILEGE)
+    return None
+
+
+def _why_not_opened(error: Exception) -> ChatHistoryError:
+    """Say why a database could not be opened: UnsuitableDatabase where trying again cannot help."""
+    if isinstance(error, UnsuitableDatabase):
+        return error
+    if isinstance(error, OperationFailure):
+        refusal = _refusal(_codes(error), str(error).lower())
+        if refusal is not None:
+            return UnsuitableDatabase(refusal.detail)
+    return DatabaseUnavailable("The database was not reached yet.")
+
+
+def _reason(error: Exception) -> str:
+    """Return what the driver says of an outage or a refusal, without its description of the topology."""
+    if isinstance(error, OperationFailure):
+        return str((error.details or {}).get("errmsg", ""))[:300]
+    return str(error).partition(", Timeout:")[0][:300] if isinstance(error, ConnectionFailure) else ""
+
+
+def _codes(error: BaseException) -> set[int]:
+    """Return the codes of a server's error, those of the single writes of a batch, too."""
+    if not isinstance(error, OperationFailure):
+        return set()
+    details = error.details or {}
+    parts = [*details.get("writeErrors", ()), *details.get("writeConcernErrors", ())]
+    return {code for code in (error.code, *(each.get("code") for each in parts)) if code is not None}
+
+
+def _is_away(error: PyMongoError) -> bool:
+    """Tell whether the database did not answer, or said that it cannot serve for now."""
+    return (
+        _is_outage(error)
+        or isinstance(error, WriteConcernError)
+        or any(map(error.has_error_label, _PASSING_LABELS))
+        or bool(_codes(error) & _AWAY)
+    )
 
 
 def _is_outage(error: BaseException) -> bool:
     """Tell whether the database did not answer, or not in time."""
-    return isinstance(error, PyMongoError) and (
-        error.timeout or isinstance(error, ConnectionFailure | WTimeoutError)
-    )
+    return isinstance(error, PyMongoError) and (error.timeout or isinstance(error, ConnectionFailure))
+
+
+def _has_sent(session: ClientSession) -> bool:
+    """Tell whether a transaction has sent a statement; before that, the server does not know of it."""
+    return not session._transaction.starting()  # noqa: SLF001  (the driver says it nowhere else)

@@ -177,3 +177,9 @@ class UnsuitableDatabase(ChatHistoryError):
 
     status = 503
     title = "The database cannot serve this service"
+
+
+class MalformedDocument(ChatHistoryError):
+    """A document in the database has another form than the service's: somebody changed it by hand."""
+
+    title = "A stored document is not well formed"

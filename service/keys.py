@@ -15,9 +15,13 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Literal
 
+import structlog
+from bson.errors import InvalidBSON
 from cachetools import TTLCache
+from pydantic import ValidationError
+from pymongo import ASCENDING
 
-from service import times
+from service import payloads, times
 from service.database import Database, Transaction
 from service.documents import ApiKey
 from service.errors import ChatHistoryError
@@ -27,6 +31,7 @@ ScopeName = Literal["read", "write", "admin"]
 _FORM = re.compile(r"chk_([0-9a-f]{16})_([A-Za-z0-9_-]{43})\Z")
 _USED_EVERY = timedelta(minutes=1)
 _KNOWN_MOST = 10_000
+log = structlog.get_logger(__name__)
 
 
 class Keys:
@@ -69,9 +74,10 @@ class Keys:
         return key, f"chk_{key.id}_{secret}"
 
     async def list_all(self) -> list[ApiKey]:
-        """Return every key, the revoked ones too, oldest first."""
+        """Return every key, the revoked ones too, oldest first; what is no key is logged and left out."""
         async with self._database.call():
-            return await ApiKey.find_all().sort("+created_at").to_list()
+            found = await self._database.read(ApiKey, {}, sort=[("created_at", ASCENDING)])
+        return [key for key in map(_loaded, found) if key is not None]
 
     async def revoke(self, key_id: str) -> bool:
         """Revoke a key, and return whether there was one to revoke."""
@@ -118,7 +124,8 @@ class Keys:
         if key_id in self._known:
             return self._known[key_id]
         async with self._database.call():
-            key = await ApiKey.find_one({"_id": key_id})
+            found = await self._database.read(ApiKey, {"_id": key_id}, limit=1)
+        key = _loaded(found[0]) if found else None
         self._known[key_id] = key
         return key
 
@@ -134,6 +141,17 @@ class Keys:
                 await self._database.transaction(update)
         except ChatHistoryError:
             return
+
+
+def _loaded(raw: bytes) -> ApiKey | None:
+    """Return a stored key, or None for a document that is not well formed, which opens nothing."""
+    try:
+        key: ApiKey = ApiKey.model_validate(payloads.decode(raw))
+    except (InvalidBSON, ValidationError) as error:
+        key_id = str(payloads.decode_anything(raw)["_id"])[:200]
+        log.error("document_malformed", collection="api_keys", id=key_id, error=type(error).__name__)
+        return None
+    return key
 
 
 def _hash(secret: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,7 +26,15 @@ from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
 from service import payloads, times
-from service.chat_service import ChatService, ListPosition, Span, faults_of, incoming_fault, public
+from service.chat_service import (
+    ChatService,
+    ListPosition,
+    Span,
+    faults_of,
+    incoming_fault,
+    one_by_one,
+    public,
+)
 from service.database import Database, Transaction
 from service.documents import IDLE, NOBODY, Conversation, Erasure, Id, Message, Seq, Title
 from service.errors import (
@@ -34,6 +43,7 @@ from service.errors import (
     DatabaseUnavailable,
     Fault,
     InvalidRequest,
+    MalformedDocument,
 )
 from service.scopes import Key, Owner, Scope, message_key, own_id
 from service.settings import Settings
@@ -111,10 +121,9 @@ class Lifecycle:
         """Go on with the erasures that nobody goes on with; return how many there were."""
         idle = {"active_at": {"$lt": datetime.now(UTC) - IDLE}}
         async with self._database.call():
-            begun = await Erasure.find(idle).to_list()
-        for each in begun:
-            await self._erase(Owner(each.id))
-        return len(begun)
+            begun = await self._database.read(Erasure, idle)
+        owners = [Owner(payloads.decode_anything(each)["_id"]) for each in begun]
+        return await one_by_one(self._database, "erasure_not_finished", owners, self._erase)
 
     async def _erase(self, owner: Owner) -> Receipt:
         named = {"_id": owner}
@@ -124,9 +133,9 @@ class Lifecycle:
                 now = datetime.now(UTC)
                 await Erasure(id=owner, active_at=now).insert(session=transaction.session)
 
-        async def count(transaction: Transaction, conversation: Conversation) -> None:
+        async def count(transaction: Transaction, messages: int) -> None:
             gone = {
-                "$inc": {"conversations": 1, "messages": conversation.message_count},
+                "$inc": {"conversations": 1, "messages": messages},
                 "$set": {"active_at": datetime.now(UTC)},
             }
             await self._database.update(Erasure, named, gone, transaction.session)
@@ -137,25 +146,26 @@ class Lifecycle:
         except DuplicateKeyError:
             pass  # another request has just begun the same
         while page := await self._of_owner(owner):
-            for conversation in page:
-                owned = {"_id": conversation.id, "user_id": conversation.user_id}
-                if conversation.importing is not None:
-                    owned["importing"] = owner
+            for owned in page:
                 try:
-                    await self._chat.remove(Key(conversation.id), owned, also=count)
+                    await self._chat.remove(Key(owned["_id"]), owned, also=count)
                 except ConversationNotFound:
                     continue  # somebody else was faster
         return await self._finish(owner)
 
-    async def _of_owner(self, owner: Owner) -> list[Conversation]:
-        """Return some of a user's conversations, or those that an import is making his, or has begun to."""
+    async def _of_owner(self, owner: Owner) -> list[Json]:
+        """Return filters of some of a user's conversations, well formed or not, or of his unfinished imports."""
         async with self._database.call():
-            found = await Conversation.find({"user_id": owner}).limit(_PAGE_ITEMS).to_list()
+            found = await self._database.read(Conversation, {"user_id": owner}, limit=_PAGE_ITEMS)
             if found:
-                return found
+                return [{"_id": payloads.decode_anything(each)["_id"], "user_id": owner} for each in found]
             # By the index of owners, since there are few of these, and one field more would cost more.
-            unfinished = await Conversation.find({"user_id": NOBODY}).to_list()
-            return [each for each in unfinished if each.importing == owner]
+            unfinished = await self._database.read(Conversation, {"user_id": NOBODY})
+        return [
+            {"_id": each["_id"], "user_id": NOBODY, "importing": owner}
+            for each in map(payloads.decode_anything, unfinished)
+            if each.get("importing") == owner
+        ]
 
     async def _finish(self, owner: Owner) -> Receipt:
         """Return what was counted, and remove the count, which names the user."""
@@ -175,10 +185,15 @@ class Lifecycle:
             return await self._database.transaction(take)
 
     async def _conversations(self, user_id: str) -> AsyncIterator[Conversation]:
-        """Yield a user's conversations, latest activity first."""
+        """Yield a user's conversations, latest activity first: all of them, or MalformedDocument."""
         after: ListPosition | None = None
         while True:
             page = await self._chat.list_conversations(user_id, limit=_PAGE_ITEMS, after=after)
+            if page.left_out:
+                raise MalformedDocument(
+                    f"The conversation {page.left_out[0]} is not well formed, and nothing of a user is left "
+                    "out here without a word. `chat-history verify` names all such; mend or remove them."
+                )
             for each in page.conversations:
                 yield each
             after = page.next
@@ -377,18 +392,25 @@ class Lifecycle:
     async def expire(self, now: datetime | None = None, *, dry_run: bool = False) -> Receipt:
         """Remove, of all tenants, what has expired and what had no activity for too long."""
         now = now or datetime.now(UTC)
-        conversations = messages = 0
+        due: list[Conversation] = []
         for field, until in self._expired(now):
-            last: Conversation | None = None
+            still = None if dry_run else {field: {"$lt": until}}
+            look_at = functools.partial(self._expire_one, now, still, due)
+            last: Json | None = None
             while found := await self._page_of(field, until, last):
-                for each in found:
-                    if self._is_due(each, now):
-                        conversations += 1
-                        messages += each.message_count
-                        if not dry_run:
-                            await self._remove_due(each, {field: {"$lt": until}})
-                last = found[-1]
-        return Receipt(conversations, messages)
+                await one_by_one(self._database, "not_expired", found, look_at)
+                last = payloads.decode_anything(found[-1])
+        return Receipt(len(due), sum(each.message_count for each in due))
+
+    async def _expire_one(
+        self, now: datetime, still: Json | None, due: list[Conversation], raw: bytes
+    ) -> None:
+        """Note a conversation if it is due, and remove it if the filter `still` matches it."""
+        conversation = Conversation.model_validate(payloads.decode(raw))
+        if self._is_due(conversation, now):
+            if still is not None:
+                await self._remove_due(conversation, still)
+            due.append(conversation)
 
     def _expired(self, now: datetime) -> Iterator[tuple[str, datetime]]:
         """Return, for each index, the time up to which it may have what is due."""
@@ -397,12 +419,12 @@ class Lifecycle:
         if days is not None:
             yield "updated_at", now - timedelta(days=days)
 
-    async def _page_of(self, field: str, until: datetime, last: Conversation | None) -> list[Conversation]:
+    async def _page_of(self, field: str, until: datetime, last: Json | None) -> list[bytes]:
         """Read a page along an index, after the last of the page before: first those of its very time."""
         windows: list[Json] = [{field: {"$gt": _BEGINNING, "$lt": until}}]
         if last is not None:
-            time = getattr(last, field)
-            windows = [{field: time, "_id": {"$gt": last.id}}, {field: {"$gt": time, "$lt": until}}]
+            time = last[field]
+            windows = [{field: time, "_id": {"$gt": last["_id"]}}, {field: {"$gt": time, "$lt": until}}]
         found: list[bytes] = []
         sort = [(field, ASCENDING), ("_id", ASCENDING)]
         async with self._database.call():
@@ -410,7 +432,7 @@ class Lifecycle:
                 left = _PAGE_ITEMS - len(found)
                 if left:
                     found += await self._database.read(Conversation, window, sort=sort, limit=left)
-        return [Conversation.model_validate(payloads.decode(raw)) for raw in found]
+        return found
 
     def _is_due(self, conversation: Conversation, now: datetime) -> bool:
         if conversation.user_id == NOBODY:

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 import bson
 from bson.binary import Binary
-from bson.codec_options import CodecOptions
+from bson.codec_options import CodecOptions, DatetimeConversion
 
 from service.errors import Fault, InvalidRequest, MalformedBody
 from service.settings import JSON_LEVELS_MAX, MESSAGE_BYTES_MAX
@@ -244,6 +244,11 @@ class NeverDBRef(dict[str, Any]):
         return super().__getitem__(key)
 
 
+_WHATEVER_IT_IS: CodecOptions[dict[str, Any]] = CodecOptions(
+    tz_aware=True,
+    unicode_decode_error_handler="replace",
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+)
 _WITHOUT_DBREFS = CodecOptions(document_class=NeverDBRef, tz_aware=True)
 
 
@@ -289,6 +294,11 @@ def decode(raw: bytes) -> dict[str, Any]:
         return cast("dict[str, Any]", document)
     exact = decode(document.pop(EXACT_COPY))
     return {**document, **exact}
+
+
+def decode_anything(raw: bytes) -> dict[str, Any]:
+    """Decode a stored document that may not be well formed, for its ids and its types only."""
+    return bson.decode(raw, _WHATEVER_IT_IS)
 
 
 def split(documents: bytes) -> Iterator[bytes]:

@@ -11,20 +11,39 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-import bson
 from beanie import Document
 from pymongo import ASCENDING
 
-from service import times
-from service.chat_service import ChatService, Span, is_id
+from service import payloads, times
+from service.chat_service import ChatService, Span, is_id, shown_id
 from service.database import Database, Transaction
 from service.documents import IDLE, NOBODY, Conversation, Message
+from service.errors import ChatHistoryError, DatabaseUnavailable, MalformedDocument
 from service.scopes import Key
 
 _WINDOW_SEQS = 1_000
 _ATTEMPTS = 5
 # What reads a whole collection in one command takes as long as that is large.
 _WHOLE_COLLECTION_S = 3_600.0
+_NOT_WELL_FORMED = "it is not well formed"
+_FOR_AN_OPERATOR = "left: mend it, or remove it"
+_CONVERSATION_KINDS = {
+    "user_id": str,
+    "created_at": datetime,
+    "updated_at": datetime,
+    "last_seq": int,
+    "message_count": int,
+}
+# What a message's fields must be, for the database and for us, and what names one that is otherwise.
+_KINDS = {"_id": str, "conversation_id": str, "seq": int, "created_at": datetime}
+_TYPES = {"_id": "string", "conversation_id": "string", "created_at": "date"}
+_MALFORMED = {
+    "$or": [
+        *({name: {"$not": {"$type": kind}}} for name, kind in _TYPES.items()),
+        {"$nor": [{"seq": {"$type": "int"}}, {"seq": {"$type": "long"}}]},
+    ]
+}
+_NAMING = dict.fromkeys(_KINDS, 1)
 Progress = Callable[[int, int], None]
 
 
@@ -70,14 +89,22 @@ class Verifier:
         self._chat = chat
         self._repair = repair
         self.report = Report()
+        # The conversations with messages that are not well formed, whose counters are left alone.
+        self._uncounted: set[str] = set()
 
     async def run(self, progress: Progress = lambda _done, _all: None) -> Report:
         """Read everything, and return what was found. Raises DatabaseUnavailable."""
         ids = await self._values(Conversation, "_id")
+        await self._malformed_messages()
         for done, conversation_id in enumerate(ids):
             progress(done, len(ids))
-            await self._conversation(conversation_id)
-        await self._orphans(set(ids))
+            try:
+                await self._conversation(conversation_id)
+            except DatabaseUnavailable:
+                raise
+            except ChatHistoryError:
+                self._note(shown_id(conversation_id), _NOT_WELL_FORMED, _FOR_AN_OPERATOR)
+        await self._orphans({each for each in ids if isinstance(each, str)})
         progress(len(ids), len(ids))
         return self.report
 
@@ -86,6 +113,18 @@ class Verifier:
         async with self._database.call(seconds=_WHOLE_COLLECTION_S):
             found = await document.aggregate([{"$group": {"_id": f"${name}"}}]).to_list()
         return [each["_id"] for each in found]
+
+    async def _malformed_messages(self) -> None:
+        """Find the messages that no conversation's walk would meet, or could read, whatever conversation."""
+        async with self._database.call(seconds=_WHOLE_COLLECTION_S):
+            found = await Message.aggregate([{"$match": _MALFORMED}, {"$project": _NAMING}]).to_list()
+        for each in found:
+            wrong = [name for name, kinds in _KINDS.items() if not isinstance(each.get(name), kinds)]
+            what = f"the message {shown_id(each['_id'])} is not well formed: its {', its '.join(wrong)}"
+            conversation_id = each.get("conversation_id")
+            named = (conversation_id, str(each["_id"]).rpartition("/")[0])
+            self._uncounted |= {name for name in named if isinstance(name, str)}
+            self._note(shown_id(conversation_id), what, _FOR_AN_OPERATOR)
 
     async def _conversation(self, conversation_id: str) -> None:
         conversation, seen = await self._steady(conversation_id)
@@ -113,7 +152,8 @@ class Verifier:
 
     async def _find(self, conversation_id: str) -> Conversation | None:
         async with self._database.call():
-            return await Conversation.find_one({"_id": conversation_id})
+            found = await self._database.read(Conversation, {"_id": conversation_id}, limit=1)
+            return _loaded(found[0]) if found else None
 
     async def _read(self, conversation: Conversation) -> _Seen:
         seen = _Seen()
@@ -123,7 +163,7 @@ class Verifier:
             async with self._database.call():
                 found = await self._database.read(Message, span.query(), sort=[("seq", ASCENDING)])
             for raw in found:
-                _look_at(bson.decode(raw, bson.CodecOptions(tz_aware=True)), conversation, seen)
+                _look_at(payloads.decode_anything(raw), conversation, seen)
         return seen
 
     async def _highest_seq(self, conversation: Conversation) -> int:
@@ -131,13 +171,23 @@ class Verifier:
         beyond = {"conversation_id": conversation.id, "seq": {"$gt": conversation.last_seq}}
         async with self._database.call():
             found = await self._database.read(Message, beyond)
-        return max((bson.decode(raw)["seq"] for raw in found), default=0)
+        return max((int(payloads.decode_anything(raw)["seq"]) for raw in found), default=0)
 
     async def _judge(self, conversation: Conversation, seen: _Seen) -> None:
         for fault in seen.faults:
             self._note(conversation.id, fault, "left: there is no telling what it should be")
         if not _is_key(conversation.id) or not _is_key(conversation.user_id):
             self._note(conversation.id, "its id or its user_id is not well formed", "left")
+        if conversation.id not in self._uncounted:
+            await self._judge_counters(conversation, seen)
+        for message_id in seen.others:
+            what = f"the message {message_id} says that it is another user's"
+            owner = {"$set": {"user_id": conversation.user_id}}
+            await self._mend(Message, message_id, owner, what)
+        if seen.remains:
+            await self._remove_remains(conversation.id, seen.remains)
+
+    async def _judge_counters(self, conversation: Conversation, seen: _Seen) -> None:
         if seen.last_seq > conversation.last_seq:
             what = f"last_seq is {conversation.last_seq}, and there is a message with seq {seen.last_seq}"
             await self._mend(Conversation, conversation.id, {"$max": {"last_seq": seen.last_seq}}, what)
@@ -145,12 +195,6 @@ class Verifier:
             what = f"message_count is {conversation.message_count}, and there are {seen.count} messages"
             change = {"$inc": {"message_count": seen.count - conversation.message_count}}
             await self._mend(Conversation, conversation.id, change, what)
-        for message_id in seen.others:
-            what = f"the message {message_id} says that it is another user's"
-            owner = {"$set": {"user_id": conversation.user_id}}
-            await self._mend(Message, message_id, owner, what)
-        if seen.remains:
-            await self._remove_remains(conversation.id, seen.remains)
 
     async def _mend(self, document: type[Document], key: str, change: dict[str, Any], violation: str) -> None:
         """Correct one document, if we are to, and note it.
@@ -204,13 +248,24 @@ class Verifier:
     async def _orphans(self, known: set[str]) -> None:
         """Find messages without a conversation; one that was created since is none."""
         for conversation_id in await self._values(Message, "conversation_id"):
+            if not isinstance(conversation_id, str):
+                continue  # a message that was named already
             if conversation_id not in known and await self._find(conversation_id) is None:
                 what = "there are messages without this conversation"
-                self._note(str(conversation_id), what, "left: nobody knows whose they are")
+                self._note(conversation_id, what, "left: nobody knows whose they are")
 
     def _note(self, conversation_id: str, what: str, outcome: str) -> None:
         self.report.violations.append(Violation(conversation_id, what, outcome))
         self.report.left += not outcome.startswith("mended")
+
+
+def _loaded(raw: bytes) -> Conversation:
+    """Return a conversation. A counter that is text would pass for a number there, and not be counted up."""
+    fields = payloads.decode(raw)
+    if any(not isinstance(fields.get(name), kind) for name, kind in _CONVERSATION_KINDS.items()):
+        raise MalformedDocument("A field of the conversation is of another type.")
+    conversation: Conversation = Conversation.model_validate(fields)
+    return conversation
 
 
 def _is_key(key: str) -> bool:
@@ -221,24 +276,27 @@ def _is_key(key: str) -> bool:
 
 def _look_at(message: dict[str, Any], conversation: Conversation, seen: _Seen) -> None:
     """Note one message, which comes in the order of `seq`, and what is wrong with it."""
-    prefix, _, own_id = str(message["_id"]).rpartition("/")
+    named = shown_id(message["_id"])
+    prefix, _, own_id = named.rpartition("/")
     seq, time = message.get("seq"), message.get("created_at")
     another = message.get("user_id") != conversation.user_id
     if another and isinstance(seq, int) and seq > conversation.last_seq:
         seen.remains.append((message["_id"], str(message.get("user_id"))))
         return
     seen.count += 1
+    if not isinstance(message["_id"], str):
+        return  # named already, as one that is not well formed
     if prefix != conversation.id or not is_id(own_id):
-        seen.faults.append(f"the message {message['_id']!r} has an id that is not well formed")
-    if not isinstance(seq, int) or seq < 1:
-        seen.faults.append(f"the message {own_id} has seq {seq!r}")
+        seen.faults.append(f"the message {named!r} has an id that is not well formed")
+    if not isinstance(seq, int) or not isinstance(time, datetime):
+        return
+    if seq < 1:
+        seen.faults.append(f"the message {own_id} has seq {seq}")
     elif seq == seen.last_seq:
         seen.faults.append(f"seq {seq} stands twice")
-    if not isinstance(time, datetime):
-        seen.faults.append(f"the message {own_id} has no created_at")
-    elif seen.last_time is not None and time < seen.last_time:
-        seen.faults.append(f"created_at runs backwards at seq {seq}")
+    seen.last_seq = seq
     if another:
         seen.others.append(message["_id"])
-    seen.last_seq = seq if isinstance(seq, int) else seen.last_seq
-    seen.last_time = time if isinstance(time, datetime) else seen.last_time
+    if seen.last_time is not None and time < seen.last_time:
+        seen.faults.append(f"created_at runs backwards at seq {seq}")
+    seen.last_time = time

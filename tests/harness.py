@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import httpx
@@ -23,6 +24,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def on_database(url: str, name: str) -> str:
+    """The same URL with another database: a test that breaks things never works on the one that it names."""
+    return urlsplit(url)._replace(path=f"/{name}").geturl()
 
 
 def new_id(kind: str = "c") -> str:

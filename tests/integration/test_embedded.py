@@ -15,7 +15,17 @@ import httpx
 import pytest
 from pymongo import MongoClient
 
-from tests.harness import Service, append, children, create, free_port, new_id, running, whole_history
+from tests.harness import (
+    Service,
+    append,
+    children,
+    create,
+    free_port,
+    new_id,
+    on_database,
+    running,
+    whole_history,
+)
 
 
 def failing(service: Service) -> str:
@@ -234,7 +244,7 @@ def test_a_standalone_mongod_is_refused_at_start_with_the_line_that_mends_it(tmp
 
 def test_an_index_that_stands_in_another_form_is_said_at_start(service: Service, tmp_path: Path) -> None:
     name = new_id("indexed")
-    url = service.database_url.replace("/chat_history", f"/{name}")
+    url = on_database(service.database_url, name)
     with MongoClient[dict[str, object]](service.database_url) as operator:
         key = [("conversation_id", 1), ("seq", 1)]
         operator[name].messages.create_index(key, name="conversation_id_1_seq_1")

@@ -11,9 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+from bson import ObjectId
 from pymongo import MongoClient
 
-from tests.harness import Service, append, create, running
+from tests.harness import Service, append, create, on_database, running
 
 
 def verify(service: Service, *options: str, **environment: str) -> tuple[int, list[str]]:
@@ -35,7 +36,7 @@ def broken(service: Service, client: httpx.Client, conversation: str) -> Iterato
     """A database of its own with one sound conversation, to break, and how to verify it."""
     append(client, conversation, *({"role": "user", "content": str(n)} for n in range(5)))
     name = f"verify_{conversation[2:]}"
-    url = service.database_url.replace("/chat_history", f"/{name}")
+    url = on_database(service.database_url, name)
     with MongoClient[dict[str, Any]](service.database_url) as operator:
         original, database = operator.get_default_database(), operator[name]
         database.conversations.insert_one(original.conversations.find_one({"_id": conversation}) or {})
@@ -142,6 +143,59 @@ def test_what_would_be_a_guess_is_named_and_left(broken: Any, damage: Any, says:
     assert code == 1
     assert says in lines[0]
     assert "(left" in lines[0]
+    assert list(database.messages.find()) == before
+
+
+SECRET = "what nobody may see"
+CONVERSATIONS: dict[Any, dict[str, Any]] = {
+    "text-for-a-counter": {"last_seq": SECRET},
+    "a-number-as-text": {"message_count": "5"},
+    "a-list-for-a-title": {"title": [SECRET]},
+    "text-for-a-time": {"created_at": SECRET},
+    "text-for-metadata": {"metadata": SECRET},
+    "no-owner": {"user_id": None, "title": SECRET},
+    ObjectId("0123456789ab0123456789ab"): {"title": SECRET},
+    7: {"title": SECRET},
+}
+MESSAGES: dict[Any, dict[str, Any]] = {
+    "text-for-seq": {"seq": SECRET},
+    "a-fraction-for-seq": {"seq": 2.5, "content": SECRET},
+    "no-seq": {"seq": None, "content": SECRET},
+    "text-for-a-time": {"seq": 7, "created_at": SECRET},
+    "a-number-for-its-conversation": {"seq": 8, "conversation_id": 7, "content": SECRET},
+    "no-conversation": {"seq": 9, "conversation_id": None, "content": SECRET},
+    ObjectId("ba9876543210ba9876543210"): {"seq": 10, "content": SECRET},
+    12: {"seq": 11, "content": SECRET},
+}
+
+
+def test_what_is_not_well_formed_is_named_without_its_values_and_the_rest_is_read(broken: Any) -> None:
+    check, database = broken
+    conversation, message = database.conversations.find_one(), first(database)
+    own = conversation["_id"]
+    database.conversations.insert_many(
+        {**conversation, "message_count": 0, "_id": key, **wrong} for key, wrong in CONVERSATIONS.items()
+    )
+    # By hand, and with nothing but a key.
+    bare = database.conversations.insert_one({"title": SECRET}).inserted_id
+    database.conversations.insert_one({**conversation, "_id": "zz", "message_count": 3})
+    names = {key: f"{own}/{key}" if isinstance(key, str) else key for key in MESSAGES}
+    database.messages.insert_many({**message, "_id": names[key], **wrong} for key, wrong in MESSAGES.items())
+    before = list(database.messages.find())
+    code, lines = check("--repair")
+    said = "\n".join(lines)
+    assert code == 1, said
+    named = [line for line in lines if "not well formed" in line]
+    for key in [*CONVERSATIONS, bare]:
+        assert f"{key}: it is not well formed (left: mend it, or remove it)" in lines
+    for name in names.values():
+        assert sum(f"the message {name} is not well formed" in line for line in named) == 1, name
+    assert len(named) == len(CONVERSATIONS) + 1 + len(MESSAGES)
+    assert SECRET not in said
+    assert "Traceback" not in said
+    # The walk went on, and mended what needs no guess. What a malformed message counts for is left alone.
+    assert "zz: message_count is 3, and there are 0 messages (mended)" in lines
+    assert not any(line.startswith(f"{own}: message_count") for line in lines)
     assert list(database.messages.find()) == before
 
 

@@ -30,7 +30,7 @@ LAYERS = {
         "settings",
         "times",
     },
-    "keys": {"database", "documents", "errors", "settings", "times"},
+    "keys": {"database", "documents", "errors", "payloads", "settings", "times"},
     "auth": {"errors", "keys", "scopes", "settings"},
     "lifecycle": {
         "chat_service",
