@@ -42,7 +42,7 @@ from pymongo import ASCENDING, DESCENDING
 from pymongo.errors import DuplicateKeyError
 
 from service import metrics, payloads, times
-from service.database import Database, Transaction
+from service.database import Budget, Database, Transaction
 from service.documents import (
     NOBODY,
     OWNED_FIELDS,
@@ -71,11 +71,13 @@ Order = Literal["asc", "desc"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# How many messages one read of a page fetches before it looks at how large they are.
+# How many messages one read of a page asks an engine for that puts its whole answer together at once.
 _CHUNK_ITEMS = 64
-# A stream begins with few messages, since nobody knows how large they are, and then aims at this size.
+# A stream begins with few messages, since nobody knows how large they are, and then aims at the first size;
+# a part that turns out larger than the second is cut.
 _FIRST_PART_ITEMS = 4
 _PART_BYTES = 512 * 1024
+_PART_BYTES_MAX = 8 * _PART_BYTES
 _PART_GROWTH = 16
 _PART_ITEMS_MAX = 1_000
 # A time range begins where a search by halves has come this near, and the index of times does the rest.
@@ -391,9 +393,13 @@ class ChatService:
     async def list_conversations(
         self, user_id: str, *, limit: int | None = None, after: ListPosition | None = None
     ) -> ConversationList:
-        """Return a page of the user's conversations, latest activity first, after a position."""
+        """Return a page of the user's conversations, latest activity first, after a position.
+
+        It has at most `limit`, and fewer, with `has_more`, where they are large (`CHAT_PAGE_BYTES_MAX`).
+        """
         limit = self._page_items(limit)
         owner = self._scope.owner_of(user_id)
+        budget = Budget(self._settings.page_bytes_max)
         found: list[Conversation] = []
         if after is not None:
             # Those of the very millisecond at which the page before ended come first, by their ids.
@@ -402,16 +408,16 @@ class ChatService:
                 "updated_at": after.updated_at,
                 "_id": {"$gt": self._scope.key(after.conversation_id)},
             }
-            found = await self._listed(same_time, limit + 1)
+            found = await self._listed(same_time, limit + 1, budget)
         for begin, end in self._list_windows(after):
-            if len(found) > limit:
+            if len(found) > limit or budget.spent:
                 break
             query = list_query(owner, begin, end)
-            found += await self._listed(query, limit + 1 - len(found))
-        return ConversationList([_shown(each) for each in found[:limit]], len(found) > limit)
+            found += await self._listed(query, limit + 1 - len(found), budget)
+        return ConversationList([_shown(each) for each in found[:limit]], len(found) > limit or budget.spent)
 
-    async def _listed(self, query: Json, limit: int) -> list[Conversation]:
-        found = await self._database.read(Conversation, query, sort=_LATEST_FIRST, limit=limit)
+    async def _listed(self, query: Json, limit: int, budget: Budget) -> list[Conversation]:
+        found = await self._database.read(Conversation, query, sort=_LATEST_FIRST, limit=limit, budget=budget)
         return [_loaded(each) for each in found]
 
     def _list_windows(self, after: ListPosition | None) -> Iterator[tuple[datetime, datetime]]:
@@ -676,11 +682,12 @@ class ChatService:
         left = limit if limit is not None else span.high - span.low
         wanted = min(left, _FIRST_PART_ITEMS)
         while True:
+            budget = Budget(_PART_BYTES_MAX)
             async with self._database.call():
-                part = await self._read_windows(span, wanted, order == "desc")
+                part = await self._read_windows(span, wanted, order == "desc", budget=budget)
             yield _all_public(part)
             left -= len(part)
-            if left <= 0 or len(part) < wanted:
+            if left <= 0 or (len(part) < wanted and not budget.spent):
                 return
             span = span.beyond(_public(part[-1])["seq"], order == "desc")
             wanted = min(left, _part_items(part))
@@ -756,23 +763,26 @@ class ChatService:
 
     async def _read_page(self, span: Span, count: int, backwards: bool) -> tuple[list[Json], bool]:
         """Read up to `count` messages; True with them where they were cut short for their size."""
+        budget = Budget(self._settings.page_bytes_max)
         found: list[Json] = []
-        size = 0
         while len(found) < count and span.low < span.high:
-            wanted = min(count - len(found), _CHUNK_ITEMS)
-            chunk = await self._read_windows(span, wanted, backwards)
-            for fits, raw in enumerate(chunk):
-                size += len(raw)
-                if size > self._settings.page_bytes_max and (found or fits):
-                    return found + _all_public(chunk[:fits]), True
+            wanted = count - len(found)
+            if self._database.reads_whole_match:
+                wanted = min(wanted, _CHUNK_ITEMS)
+            chunk = await self._read_windows(span, wanted, backwards, budget=budget)
             found += _all_public(chunk)
-            if len(chunk) < wanted:
+            if len(chunk) < wanted or budget.spent:
                 break
             span = span.beyond(found[-1]["seq"], backwards)
-        return found, False
+        return found, budget.spent
 
     async def _read_windows(
-        self, span: Span, count: int, backwards: bool, transaction: Transaction | None = None
+        self,
+        span: Span,
+        count: int,
+        backwards: bool,
+        transaction: Transaction | None = None,
+        budget: Budget | None = None,
     ) -> list[bytes]:
         """Read up to `count` messages in order, in one query, or in windows where a limit saves nothing.
 
@@ -783,17 +793,19 @@ class ChatService:
         sort = _DESC if backwards else _ASC
         session = transaction.session if transaction else None
         if not self._database.reads_whole_match:
-            return await self._database.read(Message, span.query(), sort=sort, limit=count, session=session)
+            return await self._database.read(
+                Message, span.query(), sort=sort, limit=count, session=session, budget=budget
+            )
         found: list[bytes] = []
         low, high, width = span.low, span.high, count
-        while low < high and len(found) < count:
+        while low < high and len(found) < count and not (budget and budget.spent):
             if backwards:
                 window = span.between(max(low, high - width), high)
             else:
                 window = span.between(low, min(high, low + width))
             left = count - len(found)
             found += await self._database.read(
-                Message, window.query(), sort=sort, limit=left, session=session
+                Message, window.query(), sort=sort, limit=left, session=session, budget=budget
             )
             low, high = (low, window.low) if backwards else (window.high, high)
             width = min(width * 2, max(count, WINDOW_SEQS_MAX))

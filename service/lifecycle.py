@@ -39,6 +39,8 @@ _IMPORT_BYTES = 8 * 1024 * 1024
 # An erasure that has removed nothing for so long was interrupted.
 _IDLE = timedelta(minutes=10)
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+# What decides whether a conversation is due, and what it counts; not its metadata, which may be large.
+_FIELDS_OF_EXPIRY = ("user_id", "created_at", "updated_at", "expires_at", "message_count")
 
 
 @dataclass(frozen=True)
@@ -128,17 +130,20 @@ class Lifecycle:
         except DuplicateKeyError:
             pass  # another request has just begun the same
         while page := await self._of_owner(owner):
-            for conversation in page:
-                owned = {"_id": conversation.id, "user_id": owner}
+            for key in page:
+                owned = {"_id": key, "user_id": owner}
                 try:
-                    await self._chat.remove(Key(conversation.id), owned, also=count)
+                    await self._chat.remove(key, owned, also=count)
                 except ConversationNotFound:
                     continue  # somebody else was faster
         return await self._finish(owner)
 
-    async def _of_owner(self, owner: Owner) -> list[Conversation]:
+    async def _of_owner(self, owner: Owner) -> list[Key]:
+        """Return the keys of some conversations of a user, without what they hold, which may be large."""
+        query = {"user_id": owner}
         async with self._database.call():
-            return await Conversation.find({"user_id": owner}).limit(_PAGE_ITEMS).to_list()
+            found = await self._database.read(Conversation, query, limit=_PAGE_ITEMS, fields=["_id"])
+        return [Key(bson.decode(raw)["_id"]) for raw in found]
 
     async def _finish(self, owner: Owner) -> Receipt:
         """Return what was counted, and remove the count, which names the user."""
@@ -318,7 +323,9 @@ class Lifecycle:
             for window in windows:
                 left = _PAGE_ITEMS - len(found)
                 if left:
-                    found += await self._database.read(Conversation, window, sort=sort, limit=left)
+                    found += await self._database.read(
+                        Conversation, window, sort=sort, limit=left, fields=_FIELDS_OF_EXPIRY
+                    )
         return [Conversation.model_validate(payloads.decode(raw)) for raw in found]
 
     def _is_due(self, conversation: Conversation, now: datetime) -> bool:
