@@ -39,10 +39,10 @@ from weakref import WeakValueDictionary
 import bson
 from pydantic import TypeAdapter, ValidationError
 from pymongo import ASCENDING, DESCENDING
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from service import metrics, payloads, times
-from service.database import Budget, Database, Transaction
+from service.database import DOCUMENT_TOO_LARGE, Budget, Database, Transaction
 from service.documents import (
     NOBODY,
     OWNED_FIELDS,
@@ -53,6 +53,7 @@ from service.documents import (
     Title,
 )
 from service.errors import (
+    BatchTooLarge,
     ConversationIdTaken,
     ConversationNotFound,
     DatabaseUnavailable,
@@ -64,7 +65,7 @@ from service.errors import (
 from service.payloads import Path
 from service.roles import Role
 from service.scopes import Key, Owner, Scope, message_key, own_id
-from service.settings import DELETE_BATCH_ITEMS, WINDOW_SEQS_MAX, Settings
+from service.settings import DELETE_BATCH_ITEMS, MESSAGE_BYTES_MAX, WINDOW_SEQS_MAX, Settings
 
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
@@ -272,7 +273,7 @@ class ChatService:
         self, conversation_id: str | None, user_id: str, title: str | None, metadata: Json | None
     ) -> Conversation:
         now = times.now()
-        return Conversation(
+        conversation = Conversation(
             id=self._scope.key(conversation_id or f"conv_{secrets.token_hex(12)}"),
             user_id=self._scope.owner_of(user_id),
             title=title,
@@ -280,6 +281,8 @@ class ChatService:
             created_at=now,
             updated_at=now,
         )
+        refuse_oversize(conversation, "metadata")
+        return conversation
 
     def _metadata_fields(self, metadata: Json | None) -> Json:
         """Check metadata, and return it with its exact copy where the engine would bend it."""
@@ -384,10 +387,19 @@ class ChatService:
         if not changes:
             return _shown(await self._conversation(key, owner))
 
-        async def update(transaction: Transaction) -> Conversation:
-            return await self._lock(transaction, _owned(key, owner), {"$set": changes})
+        given = "title" if metadata is UNSET else "metadata"
 
-        return _shown(await self._write(key, update))
+        async def update(transaction: Transaction) -> Conversation:
+            changed = await self._lock(transaction, _owned(key, owner), {"$set": changes})
+            refuse_oversize(changed, given)
+            return changed
+
+        try:
+            return _shown(await self._write(key, update))
+        except OperationFailure as error:
+            if error.code in DOCUMENT_TOO_LARGE:
+                raise _oversize(given) from error
+            raise
 
     @_in_one_call
     async def list_conversations(
@@ -456,7 +468,7 @@ class ChatService:
         ConversationNotFound.
         """
 
-        async def begin(transaction: Transaction) -> bool:
+        async def begin(at_once: int, transaction: Transaction) -> bool:
             changes = {"$set": {"user_id": NOBODY}}
             try:
                 found = await self._lock(transaction, owned, changes)
@@ -466,12 +478,16 @@ class ChatService:
                 raise
             if also is not None:
                 await also(transaction, found)
-            if found.message_count <= DELETE_BATCH_ITEMS:
+            if found.message_count <= at_once:
                 await self._remove(transaction, key)
-            return found.message_count <= DELETE_BATCH_ITEMS
+            return found.message_count <= at_once
 
-        async with self._database.call():
-            gone = await self._write(key, begin)
+        try:
+            async with self._database.call():
+                gone = await self._write(key, functools.partial(begin, DELETE_BATCH_ITEMS))
+        except BatchTooLarge:  # few messages, but large: it is gone first, and they go in smaller parts
+            async with self._database.call():
+                gone = await self._write(key, functools.partial(begin, -1))
         if not gone:
             await self.finish_deletion(key)
 
@@ -881,11 +897,20 @@ class ChatService:
         return await self._delete_span(span, _owned(key, owner))
 
     async def _delete_span(self, span: Span, owned: Json) -> int:
-        deleted = 0
-        for top in range(span.high, span.low, -DELETE_BATCH_ITEMS):
-            batch = span.between(top - DELETE_BATCH_ITEMS, top)
-            async with self._database.call():
-                deleted += await self._write(span.key, functools.partial(self._delete_batch, owned, batch))
+        deleted, top, width = 0, span.high, DELETE_BATCH_ITEMS
+        while top > span.low:
+            batch = span.between(top - width, top)
+            try:
+                async with self._database.call():
+                    deleted += await self._write(
+                        span.key, functools.partial(self._delete_batch, owned, batch)
+                    )
+            except BatchTooLarge:
+                if width == 1:
+                    raise
+                width //= 2  # large messages: the transaction must be smaller
+                continue
+            top -= width
         return deleted
 
     async def _delete_batch(self, owned: Json, batch: Span, transaction: Transaction) -> int:
@@ -1078,6 +1103,22 @@ def _validate(adapter: TypeAdapter[T], value: Any, name: str) -> T:
         return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         raise _invalid((name,), _ID_RULE if adapter is _ID else error.errors()[0]["msg"]) from error
+
+
+def refuse_oversize(conversation: Conversation, given: str) -> None:
+    """Refuse a conversation whose title and metadata together leave no room for what the service says of it.
+
+    Each may be within its own limit. `given` is the field that a caller can make smaller.
+    """
+    held = {name: getattr(conversation, name) for name in ("title", "metadata", "exact_metadata")}
+    if len(bson.encode(held)) > MESSAGE_BYTES_MAX:
+        raise _oversize(given)
+
+
+def _oversize(given: str) -> InvalidRequest:
+    return _invalid(
+        (given,), f"makes title and metadata together larger than {MESSAGE_BYTES_MAX} bytes as BSON"
+    )
 
 
 def _invalid(path: Path, why: str) -> InvalidRequest:

@@ -83,6 +83,8 @@ _INDEXES_TIMEOUT_S = 600.0
 # 251 NoSuchTransaction, 290 TransactionExceededLifetimeLimit, and 91, 189, 10107, 11600, 11602, 13435
 # and 13436: shutting down, or no longer the primary.
 _OUT_OF_SPACE = {14031}
+# A document that an update would make larger than 16 MiB: 10334 BSONObjectTooLarge, and 17419 of an update.
+DOCUMENT_TOO_LARGE = {10334, 17419}
 _TOO_LARGE = {257, 388}
 _AWAY = {1, 8, 24, 50, 91, 112, 189, 251, 290, 10107, 11600, 11602, 13435, 13436}
 
@@ -124,7 +126,8 @@ class Database:
     """The connection, the indexes, transactions, and the raw reading and writing of messages.
 
     It opens without a database: `open` tries once, and goes on trying until it has prepared one.
-    `reads_whole_match` is true on an engine that reads all that a filter matches before it cuts.
+    `reads_whole_match` is true on an engine that reads all that a filter matches before it cuts; `sharded` is
+    true on a cluster, where an `_id` is unique on each shard only.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -140,6 +143,7 @@ class Database:
         self._lost_sessions: dict[bytes, tuple[Mapping[str, Any], int]] = {}
         self._killing: asyncio.Task[None] | None = None
         self.embedded_engine = False
+        self.sharded = False
         self.engine = "unknown"
 
     @property
@@ -207,6 +211,7 @@ class Database:
         if "setName" not in hello and hello.get("msg") != "isdbgrid":
             raise UnsuitableDatabase(STANDALONE)
         self.embedded_engine = "secantusVersion" in build
+        self.sharded = hello.get("msg") == "isdbgrid"
         self.engine = (
             f"SecantusDB {build['secantusVersion']}"
             if self.embedded_engine

@@ -14,7 +14,13 @@ import pytest
 from openai import OpenAI
 from openai.pagination import SyncConversationCursorPage
 from openai.types.conversations import Conversation
+from pymongo.collection import Collection
+from pymongo.errors import OperationFailure
 
+from service.chat_service import ChatService
+from service.database import Database
+from service.errors import ConversationNotFound
+from service.settings import Settings
 from tests.harness import Service, append, create, history, new_id, running
 
 MIB = 1024 * 1024
@@ -266,3 +272,103 @@ def test_a_position_shows_nothing_of_another_user(client: httpx.Client) -> None:
     make(client, ada, [1] * 3)
     last = client.get("/v1/conversations", params={"user": ada, "limit": 1}).json()["last_id"]
     assert client.get("/v1/conversations", params={"user": bob, "after": last}).json()["data"] == []
+
+
+# -- limits of the database, met before it is asked --------------------------------------------------
+
+
+DOTS = "." * 255
+
+
+@pytest.mark.parametrize(
+    ("call", "body", "at"),
+    [
+        ("POST /conversations/ID/messages", {"role": "user", DOTS: 1}, "$["),
+        (
+            "POST /conversations/ID/messages",
+            {"role": "user", "content": [{"a": {DOTS: 1}}]},
+            "$.content[0].a[",
+        ),
+        (
+            "POST /conversations/ID/messages",
+            {"messages": [{"role": "user", "metadata": {DOTS: 1}}]},
+            "$.messages[0].metadata[",
+        ),
+        ("POST /conversations", {"user_id": "ada", "metadata": {"a": {DOTS: 1}}}, "$.metadata.a["),
+        ("PATCH /conversations/ID", {"metadata": {DOTS: 1}}, "$.metadata["),
+        ("POST /v1/conversations/ID/items", {"items": [{"type": "x", DOTS: 1}]}, "$.items[0]"),
+    ],
+)
+def test_a_name_with_more_than_254_dots_is_refused_with_its_path(
+    client: httpx.Client, conversation: str, call: str, body: Any, at: str
+) -> None:
+    method, where = call.replace("ID", conversation).split()
+    refused = client.request(method, where, json=body)
+    assert refused.status_code in {400, 422}, refused.text
+    assert at in refused.text.replace("\\", ""), refused.text
+    assert "dots" in refused.text
+    fits = client.request(method, where, json=json.loads(json.dumps(body).replace(DOTS, DOTS[1:])))
+    assert fits.status_code in {200, 201}, fits.text
+
+
+def test_title_and_metadata_that_are_too_large_together_are_refused(client: httpx.Client) -> None:
+    fits, title = {"x": "y" * (16 * MIB - 1024 - 100)}, "😀" * 1_000
+    user = new_id("user")
+    about = {"user_id": user, "id": new_id(), "metadata": fits}
+    refused = client.post("/conversations", json=about | {"title": title})
+    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "$.metadata")
+    conversation = client.post("/conversations", json=about)
+    assert conversation.status_code == 201
+    path = f"/conversations/{about['id']}"
+    for changes, at in (({"title": title}, "$.title"), ({"title": title, "metadata": fits}, "$.metadata")):
+        refused = client.patch(path, json=changes)
+        assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, at), refused.text
+    assert client.get(path).json()["title"] is None
+    assert client.patch(path, json={"title": title, "metadata": {}}).status_code == 200
+    refused = client.patch(path, json={"metadata": fits})
+    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "$.metadata")
+    assert append(client, about["id"], {"role": "user"})[0]["seq"] == 1
+
+
+def test_metadata_whose_exact_copy_does_not_fit_beside_it_is_refused(client: httpx.Client) -> None:
+    metadata = {"a": {"$id": 1, "$ref": "y" * (9 * MIB)}}
+    refused = client.post("/conversations", json={"user_id": "ada", "metadata": metadata})
+    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "$.metadata"), refused.text
+
+
+@pytest.mark.parametrize("how", ["delete", "cut off"])
+async def test_large_messages_are_deleted_in_smaller_parts_where_a_transaction_is_too_large(
+    service: Service, client: httpx.Client, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """MongoDB refuses a transaction that does not fit its cache (TransactionTooLargeForCache, 388)."""
+    conversation = create(client, new_id())
+    append(client, conversation, *({"role": "user", "content": f"{n}"} for n in range(300)))
+    settings = Settings(mongodb_url=service.database_url, database_timeout_ms=60_000)
+    database = Database(settings)
+    await database.open()
+    deleted: list[int] = []
+
+    def delete(self: Any, query: Any, *arguments: Any, **options: Any) -> Any:
+        count = self.count_documents(query, session=options.get("session"))
+        if self.name == "messages" and count > 40:
+            raise OperationFailure("too large for the cache", 388)
+        deleted.append(count)
+        return original(self, query, *arguments, **options)
+
+    original = Collection._delete_retryable  # below all of the driver's ways to delete
+    monkeypatch.setattr(Collection, "_delete_retryable", delete)
+    chat = ChatService(database, settings)
+    try:
+        if how == "delete":
+            await chat.delete_conversation(conversation)
+            with pytest.raises(ConversationNotFound):
+                await chat.get_conversation(conversation)
+        else:
+            assert await chat.delete_messages(conversation, after=20) == 280
+            assert (await chat.get_conversation(conversation)).message_count == 20
+    finally:
+        await database.close()
+    assert max(deleted) <= 40
+    assert len(deleted) < 30  # halved, and not counted down one by one
+    if how == "cut off":
+        assert [each["seq"] for each in history(client, conversation)["data"]] == list(range(1, 21))
