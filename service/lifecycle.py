@@ -15,7 +15,7 @@ import copy
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import bson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,9 +23,17 @@ from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
 from service import payloads
-from service.chat_service import ChatService, ListPosition, Span, faults_of, incoming_fault, public
+from service.chat_service import (
+    ChatService,
+    ListPosition,
+    Span,
+    faults_of,
+    incoming_fault,
+    public,
+    refuse_oversize,
+)
 from service.database import Database, Transaction
-from service.documents import NOBODY, Conversation, Erasure, Id, Message, Seq, Title
+from service.documents import NOBODY, Conversation, Erasure, Id, Message, Title
 from service.errors import ConversationIdTaken, ConversationNotFound, Fault, InvalidRequest
 from service.scopes import Key, Owner, Scope, message_key, own_id
 from service.settings import Settings
@@ -38,7 +46,9 @@ _IMPORT_ITEMS = 500
 _IMPORT_BYTES = 8 * 1024 * 1024
 # An erasure that has removed nothing for so long was interrupted.
 _IDLE = timedelta(minutes=10)
+# The times between which a list finds a conversation.
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+_END = datetime(9999, 1, 1, tzinfo=UTC)
 # What decides whether a conversation is due, and what it counts; not its metadata, which may be large.
 _FIELDS_OF_EXPIRY = ("user_id", "created_at", "updated_at", "expires_at", "message_count")
 
@@ -49,6 +59,10 @@ class Receipt:
 
     conversations: int
     messages: int
+
+
+# Every JSON parser holds this exactly, and behind it there is room for what is appended later.
+ImportedSeq = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class ImportedConversation(BaseModel):
@@ -62,8 +76,8 @@ class ImportedConversation(BaseModel):
     metadata: dict[str, Any]
     created_at: datetime = Field(strict=False)
     updated_at: datetime = Field(strict=False)
-    last_seq: Seq
-    message_count: Seq
+    last_seq: ImportedSeq
+    message_count: ImportedSeq
     expires_at: datetime | None = Field(None, strict=False)
 
 
@@ -190,7 +204,9 @@ class Lifecycle:
         for conversation_id in ids:
             try:
                 conversation = await self._chat.get_conversation(conversation_id, user_id)
-                parts = self._chat.stream_chat_history(conversation_id, user_id)
+                # What is appended meanwhile is not counted in `conversation`, so it stays out.
+                beyond = conversation.last_seq + 1
+                parts = self._chat.stream_chat_history(conversation_id, user_id, before=beyond)
                 first = await anext(parts)
             except ConversationNotFound:
                 continue  # deleted meanwhile
@@ -234,14 +250,21 @@ class Lifecycle:
         if count != about.message_count:
             raise _fault("message_count", f"is {about.message_count}, and there are {count} messages")
         if not dry_run:
-            await self._insert(key, pending, self._document(about, key, owner))
+            document = self._document(about, key, owner)
+            # A reader that asks for times trusts this (see `verify`), and an older version may have let
+            # something else in, so it is corrected and not refused.
+            times = [payloads.decode(raw)["created_at"] for _, raw in pending[-1:]]
+            document.updated_at = max(document.updated_at, document.created_at, *times)
+            await self._insert(key, pending, document)
         return count
 
     def _document(self, about: ImportedConversation, key: Key, owner: Owner) -> Conversation:
         raw = payloads.encode({"metadata": about.metadata}, keep_exact_copy=False)
         bent = self._database.embedded_engine and payloads.bends(raw)
         fields = about.model_dump(exclude={"id", "user_id"})
-        return Conversation(id=key, user_id=owner, exact_metadata=raw if bent else None, **fields)
+        document = Conversation(id=key, user_id=owner, exact_metadata=raw if bent else None, **fields)
+        refuse_oversize(document, "metadata")
+        return document
 
     async def _there(self, key: Key, batch: list[tuple[int, bytes]]) -> int:
         """Return how many of these messages are stored, each just as it is here."""
@@ -358,10 +381,18 @@ def _checked(conversation: Json) -> ImportedConversation:
     except ValidationError as error:
         faults = faults_of(error, ())
         raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults) from error
-    times = (about.created_at, about.updated_at, about.expires_at)
-    if any(time is not None and time.tzinfo is None for time in times):
-        raise _fault("created_at", "a time must say its zone")
+    _check_time(about.created_at, "created_at")
+    _check_time(about.updated_at, "updated_at")
+    if about.expires_at is not None and about.expires_at.tzinfo is None:
+        raise _fault("expires_at", "must say its zone")
     return about
+
+
+def _check_time(time: datetime, name: str) -> None:
+    if time.tzinfo is None:
+        raise _fault(name, "must say its zone")
+    if not _BEGINNING <= time < _END:
+        raise _fault(name, f"must be from {_BEGINNING.year} to {_END.year - 1}, and is {time.isoformat()}")
 
 
 def _batches(
@@ -409,8 +440,7 @@ def _time_of(message: Json) -> datetime:
         time = datetime.fromisoformat(message["created_at"])
     except (KeyError, TypeError, ValueError) as error:
         raise _fault("created_at", "must be a time") from error
-    if time.tzinfo is None:
-        raise _fault("created_at", "must say its zone")
+    _check_time(time, "created_at")
     return time
 
 
