@@ -55,10 +55,10 @@ import structlog
 from bson.errors import InvalidBSON
 from pydantic import TypeAdapter, ValidationError
 from pymongo import ASCENDING, DESCENDING
-from pymongo.errors import DuplicateKeyError
+from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from service import metrics, payloads, times
-from service.database import Database, Transaction
+from service.database import DOCUMENT_TOO_LARGE, Budget, Database, Transaction
 from service.documents import (
     IDLE,
     NOBODY,
@@ -70,6 +70,7 @@ from service.documents import (
     Title,
 )
 from service.errors import (
+    BatchTooLarge,
     BrokenCounter,
     ChatHistoryError,
     ConversationIdTaken,
@@ -84,7 +85,7 @@ from service.errors import (
 from service.payloads import Path
 from service.roles import Role
 from service.scopes import Key, Owner, Scope, message_key, own_id
-from service.settings import DELETE_BATCH_ITEMS, WINDOW_SEQS_MAX, Settings
+from service.settings import DELETE_BATCH_ITEMS, MESSAGE_BYTES_MAX, WINDOW_SEQS_MAX, Settings
 
 Json = dict[str, Any]
 Order = Literal["asc", "desc"]
@@ -92,11 +93,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
-# How many messages one read of a page fetches before it looks at how large they are.
+# How many messages one read of a page asks an engine for that puts its whole answer together at once.
 _CHUNK_ITEMS = 64
-# A stream begins with few messages, since nobody knows how large they are, and then aims at this size.
+# A stream begins with few messages, since nobody knows how large they are, and then aims at the first size;
+# a part that turns out larger than the second is cut.
 _FIRST_PART_ITEMS = 4
 _PART_BYTES = 512 * 1024
+_PART_BYTES_MAX = 8 * _PART_BYTES
 _PART_GROWTH = 16
 _PART_ITEMS_MAX = 1_000
 # A time range begins where a search by halves has come this near, and the index of times does the rest.
@@ -301,7 +304,7 @@ class ChatService:
         self, conversation_id: str | None, user_id: str, title: str | None, metadata: Json | None
     ) -> Conversation:
         now = times.now()
-        return Conversation(
+        conversation = Conversation(
             id=self._scope.key(conversation_id or f"conv_{secrets.token_hex(12)}"),
             user_id=self._scope.owner_of(user_id),
             title=title,
@@ -309,6 +312,8 @@ class ChatService:
             created_at=now,
             updated_at=now,
         )
+        refuse_oversize(conversation, "metadata")
+        return conversation
 
     def _metadata_fields(self, metadata: Json | None) -> Json:
         """Check metadata, and return it with its exact copy where the engine would bend it."""
@@ -438,10 +443,19 @@ class ChatService:
         if not changes:
             return _shown(await self._conversation(key, owner))
 
-        async def update(transaction: Transaction) -> Conversation:
-            return await self._lock(transaction, _owned(key, owner), {"$set": changes})
+        given = "title" if metadata is UNSET else "metadata"
 
-        return _shown(await self._write(key, update))
+        async def update(transaction: Transaction) -> Conversation:
+            changed = await self._lock(transaction, _owned(key, owner), {"$set": changes})
+            refuse_oversize(changed, given)
+            return changed
+
+        try:
+            return _shown(await self._write(key, update))
+        except OperationFailure as error:
+            if error.code in DOCUMENT_TOO_LARGE:
+                raise _oversize(given) from error
+            raise
 
     @_in_one_call
     async def list_conversations(
@@ -449,10 +463,12 @@ class ChatService:
     ) -> ConversationList:
         """Return a page of the user's conversations, latest activity first, after a position.
 
-        A conversation that is not well formed is left out and logged, so that the others can be read.
+        It has at most `limit`, and fewer, with `has_more`, where they are large (`CHAT_PAGE_BYTES_MAX`). A
+        conversation that is not well formed is left out and logged, so that the others can be read.
         """
         limit = self._page_items(limit)
         owner = self._scope.owner_of(user_id)
+        budget = Budget(self._settings.page_bytes_max)
         found: list[Conversation | ListPosition] = []
         if after is not None:
             # Those of the very millisecond at which the page before ended come first, by their ids.
@@ -461,23 +477,23 @@ class ChatService:
                 "updated_at": after.updated_at,
                 "_id": {"$gt": self._scope.key(after.conversation_id)},
             }
-            found = await self._listed(same_time, limit + 1)
+            found = await self._listed(same_time, limit + 1, budget)
         for begin, end in self._list_windows(after):
-            if len(found) > limit:
+            if len(found) > limit or budget.spent:
                 break
             query = list_query(owner, begin, end)
-            found += await self._listed(query, limit + 1 - len(found))
+            found += await self._listed(query, limit + 1 - len(found), budget)
         page = found[:limit]
         return ConversationList(
             [_shown(each) for each in page if isinstance(each, Conversation)],
-            len(found) > limit,
+            len(found) > limit or budget.spent,
             _place(page[-1]) if page else None,
             [each.conversation_id for each in page if isinstance(each, ListPosition)],
         )
 
-    async def _listed(self, query: Json, limit: int) -> list[Conversation | ListPosition]:
+    async def _listed(self, query: Json, limit: int, budget: Budget) -> list[Conversation | ListPosition]:
         """Read conversations, and only the position of each that is not well formed."""
-        found = await self._database.read(Conversation, query, sort=_LATEST_FIRST, limit=limit)
+        found = await self._database.read(Conversation, query, sort=_LATEST_FIRST, limit=limit, budget=budget)
         return [_loaded_or_place(each) for each in found]
 
     def _list_windows(self, after: ListPosition | None) -> Iterator[tuple[datetime, datetime]]:
@@ -517,7 +533,7 @@ class ChatService:
         ConversationNotFound.
         """
 
-        async def begin(transaction: Transaction) -> bool:
+        async def begin(most: int, transaction: Transaction) -> bool:
             changes = {"$set": {"user_id": NOBODY, "importing": None}}
             try:
                 found = payloads.decode_anything(await self._locked(transaction, owned, changes))
@@ -528,13 +544,17 @@ class ChatService:
             count = found.get("message_count")
             if also is not None:
                 await also(transaction, count if isinstance(count, int) else 0)
-            at_once = isinstance(count, int) and count <= DELETE_BATCH_ITEMS
+            at_once = isinstance(count, int) and count <= most
             if at_once:
                 await self._remove(transaction, key)
             return at_once
 
-        async with self._database.call():
-            gone = await self._write(key, begin)
+        try:
+            async with self._database.call():
+                gone = await self._write(key, functools.partial(begin, DELETE_BATCH_ITEMS))
+        except BatchTooLarge:  # few messages, but large: it is gone first, and they go in smaller parts
+            async with self._database.call():
+                gone = await self._write(key, functools.partial(begin, -1))
         if not gone:
             await self.finish_deletion(key)
 
@@ -804,11 +824,12 @@ class ChatService:
         left = limit if limit is not None else span.high - span.low
         wanted = min(left, _FIRST_PART_ITEMS)
         while True:
+            budget = Budget(_PART_BYTES_MAX)
             async with self._database.call():
-                part = await self._read_windows(span, wanted, order == "desc")
+                part = await self._read_windows(span, wanted, order == "desc", budget=budget)
             yield _all_public(part)
             left -= len(part)
-            if left <= 0 or len(part) < wanted:
+            if left <= 0 or (len(part) < wanted and not budget.spent):
                 return
             span = span.beyond(_public(part[-1])["seq"], order == "desc")
             wanted = min(left, _part_items(part))
@@ -898,23 +919,26 @@ class ChatService:
 
     async def _read_page(self, span: Span, count: int, backwards: bool) -> tuple[list[Json], bool]:
         """Read up to `count` messages; True with them where they were cut short for their size."""
+        budget = Budget(self._settings.page_bytes_max)
         found: list[Json] = []
-        size = 0
         while len(found) < count and span.low < span.high:
-            wanted = min(count - len(found), _CHUNK_ITEMS)
-            chunk = await self._read_windows(span, wanted, backwards)
-            for fits, raw in enumerate(chunk):
-                size += len(raw)
-                if size > self._settings.page_bytes_max and (found or fits):
-                    return found + _all_public(chunk[:fits]), True
+            wanted = count - len(found)
+            if self._database.reads_whole_match:
+                wanted = min(wanted, _CHUNK_ITEMS)
+            chunk = await self._read_windows(span, wanted, backwards, budget=budget)
             found += _all_public(chunk)
-            if len(chunk) < wanted:
+            if len(chunk) < wanted or budget.spent:
                 break
             span = span.beyond(found[-1]["seq"], backwards)
-        return found, False
+        return found, budget.spent
 
     async def _read_windows(
-        self, span: Span, count: int, backwards: bool, transaction: Transaction | None = None
+        self,
+        span: Span,
+        count: int,
+        backwards: bool,
+        transaction: Transaction | None = None,
+        budget: Budget | None = None,
     ) -> list[bytes]:
         """Read up to `count` messages in order, in one query, or in windows where a limit saves nothing.
 
@@ -926,16 +950,20 @@ class ChatService:
         session = transaction.session if transaction else None
         if not self._database.reads_whole_match:
             query = span.query() if span.owner is None else {**span.query(), "user_id": span.owner}
-            return await self._database.read(Message, query, sort=sort, limit=count, session=session)
+            return await self._database.read(
+                Message, query, sort=sort, limit=count, session=session, budget=budget
+            )
         found: list[bytes] = []
         low, high, width = span.low, span.high, count
-        while low < high and len(found) < count:
+        while low < high and len(found) < count and not (budget and budget.spent):
             if backwards:
                 window = span.between(max(low, high - width), high)
             else:
                 window = span.between(low, min(high, low + width))
             left = count - len(found)
-            read = await self._database.read(Message, window.query(), sort=sort, limit=left, session=session)
+            read = await self._database.read(
+                Message, window.query(), sort=sort, limit=left, session=session, budget=budget
+            )
             # Not in the filter: with one more field this engine reads the whole conversation (10 ms become
             # 460 of 5,000 messages). A seq is unique, so up to `last_seq` there is nobody else's anyway.
             found += [each for each in read if span.owner is None or _is_of(span.owner, each)]
@@ -1046,13 +1074,20 @@ class ChatService:
         return await self._delete_span(span, _owned(key, owner))
 
     async def _delete_span(self, span: Span, owned: Json) -> int:
-        deleted = 0
-        for top in range(span.high, span.low, -DELETE_BATCH_ITEMS):
-            batch = span.between(top - DELETE_BATCH_ITEMS, top)
+        deleted, top, width = 0, span.high, DELETE_BATCH_ITEMS
+        while top > span.low:
+            batch = span.between(top - width, top)
             counts: list[int] = []
-            async with self._database.call():
-                work = functools.partial(self._delete_batch, owned, batch, counts)
-                deleted += await self._write(span.key, work)
+            try:
+                async with self._database.call():
+                    work = functools.partial(self._delete_batch, owned, batch, counts)
+                    deleted += await self._write(span.key, work)
+            except BatchTooLarge:
+                if width == 1:
+                    raise
+                width //= 2  # large messages: the transaction must be smaller
+                continue
+            top -= width
         return deleted
 
     async def _delete_batch(
@@ -1302,6 +1337,22 @@ def _validate(adapter: TypeAdapter[T], value: Any, name: str) -> T:
         return adapter.validate_python(value, strict=True)
     except ValidationError as error:
         raise _invalid((name,), _ID_RULE if adapter is _ID else error.errors()[0]["msg"]) from error
+
+
+def refuse_oversize(conversation: Conversation, given: str) -> None:
+    """Refuse a conversation whose title and metadata together leave no room for what the service says of it.
+
+    Each may be within its own limit. `given` is the field that a caller can make smaller.
+    """
+    held = {name: getattr(conversation, name) for name in ("title", "metadata", "exact_metadata")}
+    if len(bson.encode(held)) > MESSAGE_BYTES_MAX:
+        raise _oversize(given)
+
+
+def _oversize(given: str) -> InvalidRequest:
+    return _invalid(
+        (given,), f"makes title and metadata together larger than {MESSAGE_BYTES_MAX} bytes as BSON"
+    )
 
 
 def _invalid(path: Path, why: str) -> InvalidRequest:

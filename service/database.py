@@ -96,6 +96,8 @@ _CLOSE_TIMEOUT_S = 1.0
 _INDEXES_TIMEOUT_S = 600.0
 # Codes of the server, which names them in its `error_codes.yml`.
 _OUT_OF_SPACE = {14031}
+# A document that an update would make larger than 16 MiB: 10334 BSONObjectTooLarge, and 17419 of an update.
+DOCUMENT_TOO_LARGE = {10334, 17419}
 _TOO_LARGE = {257, 388}
 _UNAUTHORIZED = 13
 _WRONG_CREDENTIALS = {18, 334}  # AuthenticationFailed, MechanismUnavailable
@@ -187,11 +189,28 @@ class _LostSession:
         return self.in_use is None or _has_sent(self.in_use)
 
 
+@dataclass
+class Budget:
+    """How many bytes an answer may still have. The first document is let in whatever its size."""
+
+    left: int
+    untouched: bool = True
+    spent: bool = False
+
+    def admits(self, document: bytes) -> bool:
+        """Take a document's size off, and tell whether it fits; `spent` says that one did not."""
+        self.left -= len(document)
+        self.spent = self.left < 0 and not self.untouched
+        self.untouched = False
+        return not self.spent
+
+
 class Database:
     """The connection, the indexes, transactions, and the raw reading and writing of messages.
 
     It opens without a database: `open` tries once, and goes on trying until it has prepared one.
-    `reads_whole_match` is true on an engine that reads all that a filter matches before it cuts.
+    `reads_whole_match` is true on an engine that reads all that a filter matches before it cuts; `sharded` is
+    true on a cluster, where an `_id` is unique on each shard only.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -208,6 +227,7 @@ class Database:
         self._no_kills_until = 0.0
         self._killing: asyncio.Task[None] | None = None
         self.embedded_engine = False
+        self.sharded = False
         self.engine = "unknown"
 
     @property
@@ -281,6 +301,7 @@ class Database:
         if "setName" not in hello and hello.get("msg") != "isdbgrid":
             raise UnsuitableDatabase(STANDALONE)
         self.embedded_engine = "secantusVersion" in build
+        self.sharded = hello.get("msg") == "isdbgrid"
         self.engine = (
             f"SecantusDB {build['secantusVersion']}"
             if self.embedded_engine
@@ -559,14 +580,22 @@ class Database:
         sort: Sequence[tuple[str, int]] = (),
         limit: int = 0,
         session: Session | None = None,
+        fields: Sequence[str] | None = None,
+        budget: Budget | None = None,
     ) -> list[bytes]:
-        """Find documents as the BSON that the server sent, undecoded."""
+        """Find documents as the BSON that the server sent, undecoded: whole, or only some of their fields.
+
+        With a budget it ends before the first document that does not fit. A server sends at most 16 MiB at
+        once, and is not asked for more behind that document, so memory stays that of the budget and of one
+        such batch, while documents that are small still come with one command.
+        """
         found, own_session = _collection(document), _own(session)
 
         def find() -> list[bytes]:
-            return _documents(
-                found.find_raw_batches(query, session=own_session, limit=limit, sort=list(sort) or None)
-            )
+            with found.find_raw_batches(
+                query, fields, session=own_session, limit=limit, batch_size=limit, sort=list(sort) or None
+            ) as cursor:
+                return _documents(cursor, budget)
 
         return await self._in_one_thread(find)
 
@@ -626,9 +655,15 @@ def _collection(document: type[Document]) -> Collection[dict[str, Any]]:
     return collection  # `get_pymongo_collection` in Beanie 2
 
 
-def _documents(cursor: Any) -> list[bytes]:
-    """Take apart what a raw cursor (which has no type of its own) returns: BSON, one after the other."""
-    return [document for batch in cursor for document in split(batch)]
+def _documents(cursor: Any, budget: Budget | None = None) -> list[bytes]:
+    """Take apart what a raw cursor (which has no type of its own) returns, as far as the budget goes."""
+    found: list[bytes] = []
+    for batch in cursor:
+        for document in split(batch):
+            if budget is not None and not budget.admits(document):
+                return found
+            found.append(document)
+    return found
 
 
 def _own(session: Session | None) -> ClientSession | None:

@@ -18,7 +18,7 @@ import functools
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import bson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,9 +34,10 @@ from service.chat_service import (
     incoming_fault,
     one_by_one,
     public,
+    refuse_oversize,
 )
 from service.database import Database, Transaction
-from service.documents import IDLE, NOBODY, Conversation, Erasure, Id, Message, Seq, Title
+from service.documents import IDLE, NOBODY, Conversation, Erasure, Id, Message, Title
 from service.errors import (
     ConversationIdTaken,
     ConversationNotFound,
@@ -57,7 +58,11 @@ _IMPORT_BYTES = 8 * 1024 * 1024
 # How often an import tries to take an id that others take and delete meanwhile, and the pause between.
 _ATTEMPTS = 20
 _PAUSE_S = 0.1
+# The times between which a list finds a conversation.
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+_END = datetime(9999, 1, 1, tzinfo=UTC)
+# What decides whether a conversation is due, and what it counts; not its metadata, which may be large.
+_FIELDS_OF_EXPIRY = ("user_id", "created_at", "updated_at", "expires_at", "message_count")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Receipt:
 
     conversations: int
     messages: int
+
+
+# Every JSON parser holds this exactly, and behind it there is room for what is appended later.
+ImportedSeq = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class ImportedConversation(BaseModel):
@@ -79,8 +88,8 @@ class ImportedConversation(BaseModel):
     metadata: dict[str, Any]
     created_at: datetime = Field(strict=False)
     updated_at: datetime = Field(strict=False)
-    last_seq: Seq
-    message_count: Seq
+    last_seq: ImportedSeq
+    message_count: ImportedSeq
     expires_at: datetime | None = Field(None, strict=False)
 
 
@@ -154,13 +163,18 @@ class Lifecycle:
         return await self._finish(owner)
 
     async def _of_owner(self, owner: Owner) -> list[Json]:
-        """Return filters of some of a user's conversations, well formed or not, or of his unfinished imports."""
+        """Return filters of some of a user's conversations, well formed or not, or of unfinished imports.
+
+        They are read without what the conversations hold, which may be large.
+        """
         async with self._database.call():
-            found = await self._database.read(Conversation, {"user_id": owner}, limit=_PAGE_ITEMS)
+            query: Json = {"user_id": owner}
+            found = await self._database.read(Conversation, query, limit=_PAGE_ITEMS, fields=["_id"])
             if found:
                 return [{"_id": payloads.decode_anything(each)["_id"], "user_id": owner} for each in found]
             # By the index of owners, since there are few of these, and one field more would cost more.
-            unfinished = await self._database.read(Conversation, {"user_id": NOBODY})
+            query = {"user_id": NOBODY}
+            unfinished = await self._database.read(Conversation, query, fields=["_id", "importing"])
         return [
             {"_id": each["_id"], "user_id": NOBODY, "importing": owner}
             for each in map(payloads.decode_anything, unfinished)
@@ -221,7 +235,9 @@ class Lifecycle:
         for conversation_id in ids:
             try:
                 conversation = await self._chat.get_conversation(conversation_id, user_id)
-                parts = self._chat.stream_chat_history(conversation_id, user_id)
+                # What is appended meanwhile is not counted in `conversation`, so it stays out.
+                beyond = conversation.last_seq + 1
+                parts = self._chat.stream_chat_history(conversation_id, user_id, before=beyond)
                 first = await anext(parts)
             except ConversationNotFound:
                 continue  # deleted meanwhile
@@ -263,7 +279,12 @@ class Lifecycle:
         if count != about.message_count:
             raise _fault("message_count", f"is {about.message_count}, and there are {count} messages")
         if not dry_run:
-            await self._insert(key, owner, pending, self._document(about, key, owner))
+            document = self._document(about, key, owner)
+            # A reader that asks for times trusts this (see `verify`), and an older version may have let
+            # something else in, so it is corrected and not refused.
+            newest = [payloads.decode(raw)["created_at"] for _, raw in pending[-1:]]
+            document.updated_at = max(document.updated_at, document.created_at, *newest)
+            await self._insert(key, owner, pending, document)
         return count
 
     async def _look(self, key: Key, owner: Owner) -> Conversation | None:
@@ -314,7 +335,9 @@ class Lifecycle:
         raw = payloads.encode({"metadata": about.metadata}, keep_exact_copy=False)
         bent = self._database.embedded_engine and payloads.bends(raw)
         fields = about.model_dump(exclude={"id", "user_id"})
-        return Conversation(id=key, user_id=owner, exact_metadata=raw if bent else None, **fields)
+        document = Conversation(id=key, user_id=owner, exact_metadata=raw if bent else None, **fields)
+        refuse_oversize(document, "metadata")
+        return document
 
     async def _there(self, key: Key, batch: list[tuple[int, bytes]]) -> int:
         """Return how many of these messages are stored, each just as it is here."""
@@ -431,7 +454,9 @@ class Lifecycle:
             for window in windows:
                 left = _PAGE_ITEMS - len(found)
                 if left:
-                    found += await self._database.read(Conversation, window, sort=sort, limit=left)
+                    found += await self._database.read(
+                        Conversation, window, sort=sort, limit=left, fields=_FIELDS_OF_EXPIRY
+                    )
         return found
 
     def _is_due(self, conversation: Conversation, now: datetime) -> bool:
@@ -464,10 +489,18 @@ def _checked(conversation: Json) -> ImportedConversation:
     except ValidationError as error:
         faults = faults_of(error, ())
         raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults) from error
-    given = (about.created_at, about.updated_at, about.expires_at)
-    if any(time is not None and time.tzinfo is None for time in given):
-        raise _fault("created_at", "a time must say its zone")
+    _check_time(about.created_at, "created_at")
+    _check_time(about.updated_at, "updated_at")
+    if about.expires_at is not None and about.expires_at.tzinfo is None:
+        raise _fault("expires_at", "must say its zone")
     return about
+
+
+def _check_time(time: datetime, name: str) -> None:
+    if time.tzinfo is None:
+        raise _fault(name, "must say its zone")
+    if not _BEGINNING <= time < _END:
+        raise _fault(name, f"must be from {_BEGINNING.year} to {_END.year - 1}, and is {time.isoformat()}")
 
 
 def _batches(
@@ -515,8 +548,7 @@ def _time_of(message: Json) -> datetime:
         time = datetime.fromisoformat(message["created_at"])
     except (KeyError, TypeError, ValueError) as error:
         raise _fault("created_at", "must be a time") from error
-    if time.tzinfo is None:
-        raise _fault("created_at", "must say its zone")
+    _check_time(time, "created_at")
     return time
 
 

@@ -27,7 +27,7 @@ from bson.binary import Binary
 from bson.codec_options import CodecOptions, DatetimeConversion
 
 from service.errors import Fault, InvalidRequest, MalformedBody
-from service.settings import JSON_LEVELS_MAX, MESSAGE_BYTES_MAX
+from service.settings import JSON_LEVELS_MAX, KEY_DOTS_MAX, MESSAGE_BYTES_MAX
 
 Path = tuple[str | int, ...]
 _Found = tuple[list[str | int], str]
@@ -206,6 +206,8 @@ def _key_fault(key: Any) -> str | None:
         return "a key must be a string"
     if "\0" in key:
         return "a key with a NUL character cannot be stored"
+    if key.count(".") > KEY_DOTS_MAX:
+        return f"a key with more than {KEY_DOTS_MAX} dots cannot be stored"
     return None if _encodable(key) else _LONE_SURROGATE
 
 

@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024 - 1024
 # MongoDB nests 100 levels; the message, its list and the driver's command take a few of them.
 JSON_LEVELS_MAX = 90
+# MongoDB returns an error for a field name of more words with dots between them.
+KEY_DOTS_MAX = 254
 # How many messages one transaction deletes. MongoDB advises about 1,000 documents a transaction.
 DELETE_BATCH_ITEMS = 1_000
 # How many `seq`s one read may span on an engine that reads its whole match before it cuts.

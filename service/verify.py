@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from beanie import Document
-from pymongo import ASCENDING
+from pymongo import ASCENDING, DESCENDING
 
 from service import payloads, times
 from service.chat_service import ChatService, Span, is_id, shown_id
@@ -22,6 +22,8 @@ from service.errors import ChatHistoryError, DatabaseUnavailable, MalformedDocum
 from service.scopes import Key
 
 _WINDOW_SEQS = 1_000
+# What the invariants are about; not what a message says, which may be large.
+_FIELDS = ("conversation_id", "user_id", "seq", "created_at")
 _ATTEMPTS = 5
 # What reads a whole collection in one command takes as long as that is large.
 _WHOLE_COLLECTION_S = 3_600.0
@@ -76,6 +78,7 @@ class _Seen:
     count: int = 0
     last_seq: int = 0
     last_time: datetime | None = None
+    newest: datetime | None = None
     faults: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     remains: list[tuple[str, str]] = field(default_factory=list)
@@ -161,17 +164,44 @@ class Verifier:
         for low in range(-1, top, _WINDOW_SEQS):
             span = Span(Key(conversation.id), low, low + _WINDOW_SEQS)
             async with self._database.call():
-                found = await self._database.read(Message, span.query(), sort=[("seq", ASCENDING)])
-            for raw in found:
-                _look_at(payloads.decode_anything(raw), conversation, seen)
+                found = await self._database.read(
+                    Message, span.query(), sort=[("seq", ASCENDING)], fields=_FIELDS
+                )
+            messages = list(map(payloads.decode_anything, found))
+            for message in messages:
+                _look_at(message, conversation, seen)
+            if self._database.sharded and messages:
+                seen.faults += await self._doubles(span, [message["_id"] for message in messages])
         return seen
+
+    async def _doubles(self, window: Span, ids: list[str]) -> list[str]:
+        """Find ids of a window that stand more than once in the conversation; name each in its first window.
+
+        A single server cannot have them. A cluster can, if it was sharded so that a conversation's messages
+        are on several shards, for an `_id` is unique on each shard only.
+        """
+        named = {"conversation_id": window.key, "_id": {"$in": ids}}
+        async with self._database.call():
+            found = await self._database.read(Message, named, fields=["seq"])
+        seqs: dict[str, list[int]] = {}
+        for message in map(payloads.decode_anything, found):
+            if isinstance(message.get("seq"), int):  # else it is named as one that is not well formed
+                seqs.setdefault(str(message["_id"]), []).append(message["seq"])
+        return [
+            f"the message id {each.rpartition('/')[2]} stands {len(places)} times, at seq "
+            + ", ".join(map(str, sorted(places)))
+            for each, places in seqs.items()
+            if len(places) > 1 and min(places) > window.low
+        ]
 
     async def _highest_seq(self, conversation: Conversation) -> int:
         """Return the highest seq beyond `last_seq`, where none should be."""
         beyond = {"conversation_id": conversation.id, "seq": {"$gt": conversation.last_seq}}
         async with self._database.call():
-            found = await self._database.read(Message, beyond)
-        return max((int(payloads.decode_anything(raw)["seq"]) for raw in found), default=0)
+            found = await self._database.read(
+                Message, beyond, sort=[("seq", DESCENDING)], limit=1, fields=["seq"]
+            )
+        return int(payloads.decode_anything(found[0])["seq"]) if found else 0
 
     async def _judge(self, conversation: Conversation, seen: _Seen) -> None:
         for fault in seen.faults:
@@ -195,6 +225,10 @@ class Verifier:
             what = f"message_count is {conversation.message_count}, and there are {seen.count} messages"
             change = {"$inc": {"message_count": seen.count - conversation.message_count}}
             await self._mend(Conversation, conversation.id, change, what)
+        newest = max(conversation.created_at, seen.newest or conversation.created_at)
+        if newest > conversation.updated_at:
+            what = f"updated_at is {conversation.updated_at.isoformat()}, and there is {newest.isoformat()}"
+            await self._mend(Conversation, conversation.id, {"$max": {"updated_at": newest}}, what)
 
     async def _mend(self, document: type[Document], key: str, change: dict[str, Any], violation: str) -> None:
         """Correct one document, if we are to, and note it.
@@ -300,3 +334,4 @@ def _look_at(message: dict[str, Any], conversation: Conversation, seen: _Seen) -
     if seen.last_time is not None and time < seen.last_time:
         seen.faults.append(f"created_at runs backwards at seq {seq}")
     seen.last_time = time
+    seen.newest = max(time, seen.newest or time)

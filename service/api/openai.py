@@ -138,13 +138,28 @@ async def list_conversations(
     if user is not None and owner != user:
         raise ConversationNotFound("There are no conversations of another user.")
     request.state.audited = {"user_id": owner}
-    position = None
-    if query.after is not None:
-        after = await chat.get_conversation(query.after, owner)
-        position = ListPosition(after.updated_at, after.id)
-    page = await chat.list_conversations(owner, limit=max(1, _page(request, query.limit)), after=position)
-    found = [_conversation(each) for each in page.conversations[: query.limit]]
-    return json_response(_list(found, has_more=page.has_more or len(page.conversations) > len(found)))
+    after = await _position(chat, query.after, owner) if query.after is not None else None
+    page = await chat.list_conversations(owner, limit=max(1, _page(request, query.limit)), after=after)
+    shown = page.conversations[: query.limit]
+    answer = _list(
+        list(map(_conversation, shown)), has_more=page.has_more or len(page.conversations) > len(shown)
+    )
+    if shown:
+        answer["last_id"] = schemas.cursor(ListPosition(shown[-1].updated_at, shown[-1].id))
+    return json_response(answer)
+
+
+async def _position(chat: ChatService, after: str, owner: str) -> ListPosition:
+    """Read the `last_id` of a page, or look up where the conversation with this id stands now."""
+    try:
+        return schemas.position(after)
+    except InvalidRequest:
+        if not is_id(after):
+            raise _invalid(
+                "query.after", "is neither the last_id of a page nor the id of a conversation"
+            ) from None
+    found = await chat.get_conversation(after, owner)
+    return ListPosition(found.updated_at, found.id)
 
 
 def _page(request: Request, limit: int) -> int:

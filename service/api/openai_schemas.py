@@ -106,7 +106,11 @@ class OpenAIItemList(_List):
 
 
 class OpenAIConversationList(_List):
-    """A page of conversations; while `has_more`, `last_id` is the `after` of the next."""
+    """A page of conversations; while `has_more`, `last_id` is the `after` of the next.
+
+    `last_id` is no id, but the position of the last conversation as it stood when the page was made: activity
+    moves a conversation within this list, and a deletion takes it out.
+    """
 
     data: list[OpenAIConversation]
 
@@ -133,4 +137,8 @@ class ConversationsQuery(BaseModel):
     user: Id | None = Field(None, description="Whose; without it those of X-User-Id, or the default user's.")
     limit: Limit = 20
     order: Literal["desc"] = Field("desc", description="Latest activity first is the only order.")
-    after: Id | None = Field(None, description="The id of the conversation to go on behind.")
+    after: Annotated[str, Field(min_length=1, max_length=512)] | None = Field(
+        None,
+        description="The `last_id` of the page before; or the id of a conversation, to go on behind it as it "
+        "stands now.",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -265,17 +266,13 @@ def cursor(position: ListPosition) -> str:
     return base64.urlsafe_b64encode(f"{ms}:{position.conversation_id}".encode()).decode().rstrip("=")
 
 
-def position(cursor: str) -> ListPosition:
+def position(word: str) -> ListPosition:
     """Read a cursor back. Raises InvalidRequest for any that this service did not write."""
-    try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode()
+    with contextlib.suppress(binascii.Error, ValueError, OverflowError):
+        text = base64.b64decode(word + "=" * (-len(word) % 4), b"-_", validate=True).decode()
         ms, _, conversation_id = text.partition(":")
-        updated_at = _EPOCH + timedelta(milliseconds=int(ms))
-    except (binascii.Error, ValueError, OverflowError) as error:
-        raise _not_a_cursor() from error
-    return ListPosition(updated_at, conversation_id)
-
-
-def _not_a_cursor() -> InvalidRequest:
+        found = ListPosition(_EPOCH + timedelta(milliseconds=int(ms)), conversation_id)
+        if cursor(found) == word:
+            return found
     why = "is not a cursor of this service"
-    return InvalidRequest(f"query.cursor {why}.", [Fault("query.cursor", why)])
+    raise InvalidRequest(f"query.cursor {why}.", [Fault("query.cursor", why)])

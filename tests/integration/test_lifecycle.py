@@ -17,7 +17,12 @@ import httpx
 import pytest
 from pymongo import MongoClient
 
-from tests.harness import Service, append, create, new_id, running, whole_history
+from service.chat_service import ChatService
+from service.database import Database
+from service.documents import Conversation
+from service.lifecycle import Lifecycle
+from service.settings import Settings
+from tests.harness import Service, append, create, history, new_id, running, whole_history
 
 ODD = {
     "role": "assistant",
@@ -270,6 +275,13 @@ def message(**changes: Any) -> Any:
         ([HEAD, CONVERSATION, message(user_id="bob"), END], "another user"),
         ([HEAD, CONVERSATION, message(created_at="soon"), END], "created_at"),
         ([HEAD, CONVERSATION, message(created_at="2026-01-01T00:00:00"), END], "zone"),
+        ([HEAD, CONVERSATION, message(created_at="1969-12-31T23:59:59Z"), END], "created_at"),
+        ([HEAD, {**CONVERSATION, "updated_at": "9999-01-01T00:00:00Z"}, message(), END], "updated_at"),
+        ([HEAD, {**CONVERSATION, "created_at": "1969-01-01T00:00:00Z"}, message(), END], "created_at"),
+        ([HEAD, {**CONVERSATION, "last_seq": 2**53 + 1}, message(), END], "last_seq"),
+        ([HEAD, {**CONVERSATION, "last_seq": 2**63 - 1}, message(), END], "last_seq"),
+        ([HEAD, {**CONVERSATION, "metadata": {"." * 255: 1}}, message(), END], "dots"),
+        ([HEAD, CONVERSATION, message(x={"." * 255: 1}), END], "dots"),
         ([HEAD, {**CONVERSATION, "id": "a/b"}, message(), END], "id"),
         ([HEAD, {**CONVERSATION, "user_id": ""}, message(), END], "user_id"),
         ([HEAD, {**CONVERSATION, "more": 1}, message(), END], "more"),
@@ -290,6 +302,69 @@ def test_what_is_no_whole_export_is_refused_with_its_line(
     assert "Traceback" not in done.stderr
     if "cut short" not in says:
         assert client.get(f"/conversations/{conversation}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("conversation", "messages", "updated_at"),
+    [
+        ({}, [{"created_at": "2026-03-01T00:00:00.000Z"}], "2026-03-01T00:00:00.000Z"),
+        ({"created_at": "2026-02-01T00:00:00.000Z"}, [{}], "2026-02-01T00:00:00.000Z"),
+        ({"updated_at": "2026-05-01T00:00:00.000Z"}, [{}], "2026-05-01T00:00:00.000Z"),
+        ({"updated_at": "2026-01-01T02:00:00.000+01:00"}, [{}], "2026-01-01T01:00:00.000Z"),
+        (
+            {"message_count": 2, "last_seq": 5},
+            [{}, {"id": "n", "seq": 5, "created_at": "2026-03-01T00:00:00.000Z"}],
+            "2026-03-01T00:00:00.000Z",
+        ),
+        ({"message_count": 0}, [], "2026-01-01T00:00:00.000Z"),
+    ],
+)
+def test_an_imported_conversation_is_never_older_than_its_messages(
+    service: Service, tmp_path: Path, conversation: Any, messages: list[Any], updated_at: str
+) -> None:
+    """`since` trusts `updated_at`, and would hide a message that is newer."""
+    name, file = new_id(), tmp_path / "old.ndjson"
+    end = {**END, "messages": len(messages)}
+    lines = [HEAD, {**CONVERSATION, **conversation}, *(message(**each) for each in messages), end]
+    file.write_text("".join(json.dumps(each).replace('"c"', f'"{name}"') + "\n" for each in lines))
+    for _ in range(2):
+        done = command(service, "import", str(file))
+        assert done.returncode == 0, done.stderr
+    with service.client() as client:
+        assert client.get(f"/conversations/{name}").json()["updated_at"] == updated_at
+        for stored in whole_history(client, name):
+            assert stored in history(client, name, since=stored["created_at"])["data"]
+        assert append(client, name, {"role": "user"})[0]["seq"] == conversation.get("last_seq", 1) + 1
+        client.delete(f"/conversations/{name}")
+
+
+class Busy(ChatService):
+    """A service in which somebody appends whenever a conversation was read."""
+
+    async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:
+        found = await super().get_conversation(conversation_id, user_id)
+        await self.add_message(conversation_id, {"role": "user", "content": "meanwhile"})
+        return found
+
+
+async def test_what_is_appended_while_an_export_reads_a_conversation_stays_out_of_it(
+    service: Service, client: httpx.Client
+) -> None:
+    """The conversation's line counts its messages, so one more of them could not be imported."""
+    user = new_id("user")
+    conversation = create(client, new_id(), user=user)
+    append(client, conversation, *({"role": "user", "content": f"{n}"} for n in range(100)))
+    database = Database(Settings(mongodb_url=service.database_url))
+    await database.open()
+    lifecycle = Lifecycle(database, Busy(database, Settings()), Settings())
+    lines: list[Any] = []
+    try:
+        async for part in lifecycle.export(user):
+            lines += part
+    finally:
+        await database.close()
+    about = next(each for each in lines if each["type"] == "conversation")
+    assert sum(each["type"] == "message" for each in lines) == about["message_count"] == about["last_seq"]
 
 
 def test_an_import_goes_into_a_tenant_that_can_be_one(service: Service, tmp_path: Path) -> None:

@@ -9,11 +9,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import bson
 import httpx
 import pytest
 from bson import ObjectId
+from bson.codec_options import CodecOptions
+from bson.raw_bson import RawBSONDocument
 from pymongo import MongoClient
 
+from service.chat_service import ChatService
+from service.database import Database
+from service.documents import Message
+from service.settings import Settings
+from service.verify import Verifier
 from tests.harness import Service, append, create, on_database, running
 
 
@@ -103,11 +111,22 @@ def double(database: Any) -> None:
     database.messages.update_one({"seq": 2}, {"$set": {"seq": 3}})
 
 
+def set_back(database: Any) -> None:
+    long_ago = datetime(2000, 1, 1, tzinfo=UTC)
+    database.conversations.update_one({}, {"$set": {"updated_at": long_ago, "created_at": long_ago}})
+
+
+def set_before_its_own_beginning(database: Any) -> None:
+    database.conversations.update_one({}, {"$set": {"created_at": datetime(2100, 1, 1, tzinfo=UTC)}})
+
+
 MENDED = [
     (delete_one, "message_count is 5, and there are 4 messages"),
     (lower_last_seq, "last_seq is 4, and there is a message with seq 5"),
     (change_owner, "says that it is another user's"),
     (interrupt_deletion, "its deletion was interrupted"),
+    (set_back, "updated_at is 2000-01-01T00:00:00+00:00, and there is "),
+    (set_before_its_own_beginning, "and there is 2100-01-01T00:00:00+00:00"),
 ]
 LEFT = [
     (run_backwards, ": created_at runs backwards at seq 4"),
@@ -197,6 +216,58 @@ def test_what_is_not_well_formed_is_named_without_its_values_and_the_rest_is_rea
     assert "zz: message_count is 3, and there are 0 messages (mended)" in lines
     assert not any(line.startswith(f"{own}: message_count") for line in lines)
     assert list(database.messages.find()) == before
+
+
+def appended(client: httpx.Client, conversation: str, count: int) -> list[Any]:
+    return append(client, conversation, *({"role": "user", "content": f"{n}"} for n in range(count)))
+
+
+class TwoShards(Database):
+    """A database whose messages are on two shards: here, and in another collection, each with unique ids."""
+
+    def __init__(self, settings: Settings, other: Any) -> None:
+        super().__init__(settings)
+        self._other = other
+
+    async def _prepare(self) -> None:
+        await super()._prepare()
+        self.sharded = True
+
+    async def read(self, document: Any, query: Any, **options: Any) -> list[bytes]:
+        found = await super().read(document, query, **options)
+        if document is Message:
+            found += [each.raw for each in self._other.find(query)]
+        return sorted(found, key=lambda raw: bson.decode(raw).get("seq", 0))
+
+
+async def test_message_ids_that_stand_twice_on_a_cluster_are_named(
+    service: Service, client: httpx.Client, conversation: str
+) -> None:
+    stored = [*appended(client, conversation, 1_000), *appended(client, conversation, 500)]
+    raw = CodecOptions(document_class=RawBSONDocument)
+    with MongoClient[Any](service.database_url) as operator:
+        other = operator[f"shard_{conversation[2:]}"].get_collection("messages", codec_options=raw)
+        here = operator.get_default_database()
+        for seq, double in ((1501, 1), (1502, 1500), (1503, 1400)):  # far apart, and near
+            document = here.messages.find_one({"conversation_id": conversation, "seq": double}) or {}
+            about = here.conversations.find_one({"_id": conversation}) or {}
+            other.insert_one({**document, "seq": seq, "created_at": about["updated_at"]})
+        changes = {"$inc": {"last_seq": 3, "message_count": 3}}
+        here.conversations.update_one({"_id": conversation}, changes)
+        database = TwoShards(Settings(mongodb_url=service.database_url, database_timeout_ms=60_000), other)
+        await database.open()
+        try:
+            verifier = Verifier(database, ChatService(database, Settings()), repair=True)
+            await verifier._conversation(conversation)
+        finally:
+            await database.close()
+            operator.drop_database(other.database.name)
+    assert [str(each) for each in verifier.report.violations] == [
+        f"{conversation}: the message id {stored[double - 1]['id']} stands 2 times, at seq {double}, {seq} "
+        "(left: there is no telling what it should be)"
+        for seq, double in ((1501, 1), (1503, 1400), (1502, 1500))
+    ]
+    assert verifier.report.messages == 1_503
 
 
 def test_a_database_that_cannot_be_read_is_exit_code_2(tmp_path: Path) -> None:
