@@ -170,6 +170,9 @@ def import_users(
         list[Path], typer.Argument(help="Exports of users (NDJSON).", exists=True, dir_okay=False)
     ],
     tenant: Annotated[str, typer.Option(help="The tenant to import into.")] = "",
+    user: Annotated[
+        str | None, typer.Option(help="Refuse every file that has anything of another user, before storing.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Check everything, and store nothing.")] = False,
 ) -> None:
     """Take exports back, exactly, ids and times included. It may be repeated: what is there is let be.
@@ -189,14 +192,14 @@ def import_users(
 
         with Progress(console=Console(stderr=True), transient=True) as bar:
             async with _lifecycle(settings) as lifecycle:
+                imported = functools.partial(import_file, lifecycle.of(Scope(tenant)), user_id=user)
+                if user is not None:
+                    for file in files:
+                        await imported(file, dry_run=True)
                 for file in files:
                     task = bar.add_task(file.name, total=file.stat().st_size)
-                    done = await import_file(
-                        lifecycle.of(Scope(tenant)),
-                        file,
-                        dry_run=dry_run,
-                        progress=functools.partial(_show, bar, task),
-                    )
+                    progress = functools.partial(_show, bar, task)
+                    done = await imported(file, dry_run=dry_run, progress=progress)
                     print(
                         f"{file}: {done.conversations} conversations, {done.messages} messages imported"
                         f"{' (dry run)' if dry_run else ''}, {done.there} conversations were there"
