@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
+import structlog
 import typer
 from pydantic import ValidationError
+from pydantic_settings import SettingsError
 
 from service import logs
-from service.embedded import DataDirectoryInUse, EmbeddedEngine, EmbeddedEngineError
+from service.embedded import EmbeddedEngine, EmbeddedEngineError, engine_for_command, require_engine
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ def serve(
     if settings.tracing and not _tracing_is_installed():
         _fail("CHAT_TRACING needs the extra: pip install 'chat-history-database[otel]'.")
     logs.configure(settings)
+    _log_what_was_read(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     with contextlib.ExitStack() as stack:
@@ -65,10 +68,21 @@ def serve(
                 stack.enter_context(EmbeddedEngine(settings, meanwhile=_import_service))
             except EmbeddedEngineError as error:
                 _fail(str(error))
-            print(f"mongosh '{settings.embedded_url}'", flush=True)
+            print('mongosh "$(chat-history mongo-url)"', flush=True)
+        print(f"Database: {settings.database_name}", flush=True)
         scheme = "http" if settings.tls_cert is None else "https"
-        print(f"Chat History Database: {scheme}://{settings.host}:{settings.port}/docs", flush=True)
+        page = "/docs" if settings.auth == "none" else ""
+        print(f"Chat History Database: {scheme}://{settings.host}:{settings.port}{page}", flush=True)
         _run(settings)
+
+
+def _log_what_was_read(settings: Settings) -> None:
+    """Log which `.env` was read, and which variables are no settings."""
+    log = structlog.get_logger(__name__)
+    if settings.env_file_read is not None:
+        log.info("env_file_read", file=str(settings.env_file_read))
+    if settings.unknown_variables:
+        log.warning("unknown_variables", names=settings.unknown_variables)
 
 
 def _tracing_is_installed() -> bool:
@@ -170,6 +184,9 @@ def import_users(
         list[Path], typer.Argument(help="Exports of users (NDJSON).", exists=True, dir_okay=False)
     ],
     tenant: Annotated[str, typer.Option(help="The tenant to import into.")] = "",
+    user: Annotated[
+        str | None, typer.Option(help="Refuse every file that has anything of another user, before storing.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Check everything, and store nothing.")] = False,
 ) -> None:
     """Take exports back, exactly, ids and times included. It may be repeated: what is there is let be.
@@ -189,14 +206,14 @@ def import_users(
 
         with Progress(console=Console(stderr=True), transient=True) as bar:
             async with _lifecycle(settings) as lifecycle:
+                imported = functools.partial(import_file, lifecycle.of(Scope(tenant)), user_id=user)
+                if user is not None:
+                    for file in files:
+                        await imported(file, dry_run=True)
                 for file in files:
                     task = bar.add_task(file.name, total=file.stat().st_size)
-                    done = await import_file(
-                        lifecycle.of(Scope(tenant)),
-                        file,
-                        dry_run=dry_run,
-                        progress=functools.partial(_show, bar, task),
-                    )
+                    progress = functools.partial(_show, bar, task)
+                    done = await imported(file, dry_run=dry_run, progress=progress)
                     print(
                         f"{file}: {done.conversations} conversations, {done.messages} messages imported"
                         f"{' (dry run)' if dry_run else ''}, {done.there} conversations were there"
@@ -270,18 +287,21 @@ def _with_keys(work: Callable[[Keys], Coroutine[Any, Any, T]]) -> T:
 
 
 def _on_database(settings: Settings, run: Callable[[], Coroutine[Any, Any, T]], code: int = 1) -> T:
-    """Run something on the database, with the embedded engine for as long, if no service has it running."""
+    """Run something on the database, with the embedded engine for as long, if no service has it running.
+
+    Which database it is goes to stderr, since stdout may be data.
+    """
     from service.errors import ChatHistoryError
 
     logs.configure(settings.model_copy(update={"log_level": "error"}))
+    _say_what_was_read(settings)
     with contextlib.ExitStack() as stack:
         if settings.mongodb_url is None:
             try:
-                stack.enter_context(EmbeddedEngine(settings))
-            except DataDirectoryInUse:
-                pass  # a service runs, and its engine is the one to look at
+                stack.enter_context(engine_for_command(settings, _say))
             except EmbeddedEngineError as error:
                 _fail(str(error), code)
+        _say(f"works on {settings.database_name}")
         try:
             return asyncio.run(run())
         except ChatHistoryError as error:
@@ -290,8 +310,16 @@ def _on_database(settings: Settings, run: Callable[[], Coroutine[Any, Any, T]], 
 
 @app.command("mongo-url")
 def mongo_url() -> None:
-    """Print the URL of the database, as drivers and mongosh take it."""
-    print(_settings().url)
+    """Print the URL of the database, as drivers and mongosh take it, with its password."""
+    settings = _settings()
+    _say_what_was_read(settings)
+    if settings.mongodb_url is None:
+        try:
+            require_engine(settings)
+        except EmbeddedEngineError as error:
+            _fail(str(error))
+    _say(f"this is {settings.database_name}")
+    print(settings.url)
 
 
 @app.command()
@@ -336,12 +364,30 @@ def _settings(**overrides: Any) -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        faults = [f"CHAT_{'.'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in error.errors()]
-        _fail("\n".join(faults))
+        _fail("\n".join(_fault(list(each["loc"]), each["msg"]) for each in error.errors()))
+    except (SettingsError, OSError, UnicodeDecodeError) as error:
+        _fail(f"The settings cannot be read: {error}.")
+
+
+def _fault(place: list[int | str], message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return f"CHAT_{'.'.join(map(str, place)).upper()}: {message}" if place else message
+
+
+def _say_what_was_read(settings: Settings) -> None:
+    if settings.env_file_read is not None:
+        _say(f"read {settings.env_file_read}")
+    for name in settings.unknown_variables:
+        _say(f"{name} is no setting of this service, so it has no effect")
+
+
+def _say(message: str) -> None:
+    """Say something beside the output, which may be data."""
+    print(f"chat-history: {message}", file=sys.stderr, flush=True)
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    print(f"chat-history: {message}", file=sys.stderr)
+    _say(message)
     raise typer.Exit(code)
 
 

@@ -15,6 +15,8 @@ import sys
 import threading
 
 STOP_TIMEOUT_S = 8.0
+# Has the engine end at once. It syncs at every commit, so nothing acknowledged is lost by this.
+KILL = signal.SIGQUIT
 _PR_SET_PDEATHSIG = 1
 
 
@@ -31,6 +33,7 @@ def main(command: list[str], lock_fd: int) -> int:
     )
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, lambda *_: _stop(engine))
+    signal.signal(KILL, lambda *_: engine.kill())
     threading.Thread(target=_stop_at_end_of_input, args=(engine,), daemon=True).start()
     return engine.wait()
 
@@ -47,7 +50,6 @@ def _stop_at_end_of_input(engine: subprocess.Popen[bytes]) -> None:
     try:
         engine.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        # It syncs at every commit, so nothing acknowledged is lost by this.
         engine.kill()
 
 

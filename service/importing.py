@@ -59,15 +59,23 @@ class _Lines:
 
 
 async def import_file(
-    lifecycle: Lifecycle, path: Path, *, dry_run: bool = False, progress: Progress = lambda _: None
+    lifecycle: Lifecycle,
+    path: Path,
+    *,
+    user_id: str | None = None,
+    dry_run: bool = False,
+    progress: Progress = lambda _: None,
 ) -> Imported:
-    """Import one export. Raises InvalidRequest, with the line, and what `Lifecycle.restore` raises."""
+    """Import one export, of the user `user_id` alone if that is given.
+
+    Raises InvalidRequest, with the line, and what `Lifecycle.restore` raises.
+    """
     done = Imported()
     with path.open("rb") as file:
         lines: _Lines | None = None
         try:
             lines = _Lines(file, progress)
-            await _import(lifecycle, lines, done, dry_run=dry_run)
+            await _import(lifecycle, lines, done, user_id, dry_run=dry_run)
         except ChatHistoryError as error:
             number = lines.number if lines is not None else 1
             raise type(error)(
@@ -76,13 +84,17 @@ async def import_file(
     return done
 
 
-async def _import(lifecycle: Lifecycle, lines: _Lines, done: Imported, *, dry_run: bool) -> None:
+async def _import(
+    lifecycle: Lifecycle, lines: _Lines, done: Imported, user_id: str | None, *, dry_run: bool
+) -> None:
     head = lines.next
     if head is None or head.get("type") != "export" or head.get("version") != FORMAT_VERSION:
         raise InvalidRequest(f"This is no export of version {FORMAT_VERSION}.")
+    _require_owner(head, user_id)
     lines.advance()
     total = 0
     while lines.next is not None and lines.next.get("type") == "conversation":
+        _require_owner(lines.next, user_id)
         conversation = {name: value for name, value in lines.next.items() if name != "type"}
         lines.advance()
         stored = await lifecycle.restore(conversation, lines.messages(), dry_run=dry_run)
@@ -93,3 +105,9 @@ async def _import(lifecycle: Lifecycle, lines: _Lines, done: Imported, *, dry_ru
     end = lines.next
     if end is None or end.get("type") != "end" or end.get("conversations") != total:
         raise InvalidRequest("The export was cut short: its last line is missing, or has another count.")
+
+
+def _require_owner(line: Json, user_id: str | None) -> None:
+    """Raise InvalidRequest for what is another user's; `restore` asks the same of each message."""
+    if user_id is not None and line.get("user_id") != user_id:
+        raise InvalidRequest(f"`user_id` is not {user_id!r}, the only user that this import takes.")

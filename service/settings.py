@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 # MongoDB's own limit of one document, less what the service's fields may take (five of them, three
 # of which hold ids of at most 128 characters).
@@ -23,10 +36,23 @@ WINDOW_SEQS_MAX = 4_096
 ASYMMETRIC = frozenset(
     {"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"}
 )
+# In the data directory: where its engine is, and the password that proves which engine answers there.
+ENGINE_RECORD = "engine.json"
+# Variables of the clients (service.clients), which are no settings of the service.
+_OF_CLIENTS = frozenset({"CHAT_HISTORY_URL", "CHAT_HISTORY_API_KEY"})
+# Where the names that were read travel among the values, on their way to the validator.
+_READ = "names that were read"
+_SECRET_OPTIONS = re.compile(
+    r"([?&][^=&]*(?:password|token|secret|authmechanismproperties)[^=&]*=)[^&]*", re.IGNORECASE
+)
 
 
 class Settings(BaseSettings):
-    """What the service reads from the environment and from `.env`; nothing else configures it."""
+    """What the service reads from the environment and from `.env`; nothing else configures it.
+
+    A variable that is nearly one of these names, a value that is empty, settings that contradict each other
+    and a `.env` that somebody else can write are errors, so that nothing is silently left out.
+    """
 
     model_config = SettingsConfigDict(env_prefix="CHAT_", env_file=".env", extra="ignore", frozen=True)
 
@@ -82,7 +108,7 @@ class Settings(BaseSettings):
         "30/minute", description="Failed authentications of one address; beyond them, 429."
     )
 
-    mongodb_url: str | None = Field(
+    mongodb_url: SecretStr | None = Field(
         None,
         description="A replica set or a sharded cluster. Unset: the embedded engine is started.",
     )
@@ -95,8 +121,12 @@ class Settings(BaseSettings):
         pattern=r"^[A-Za-z0-9_-]{1,38}$",
         description="The database's name.",
     )
-    data_dir: Path = Field(Path("./data"), description="Where the embedded engine keeps its data.")
-    embedded_port: int = Field(27018, ge=1, le=65535, description="The embedded engine's port on 127.0.0.1.")
+    data_dir: Path = Field(
+        Path("./data"), description="Where the embedded engine keeps its data, for this user's eyes only."
+    )
+    embedded_port: int = Field(
+        27018, ge=1, le=65535, description="The service's embedded engine's port on 127.0.0.1."
+    )
     embedded_cache: str = Field(
         "1G",
         pattern=r"^[1-9][0-9]*[MG]$",
@@ -158,7 +188,9 @@ class Settings(BaseSettings):
 
     metrics: bool = Field(False, description="Serve `/metrics` for Prometheus.")
     metrics_token: SecretStr | None = Field(
-        None, description="The bearer token that `/metrics` wants; without it, it is for this machine only."
+        None,
+        description="The bearer token that `/metrics` wants, needed with `CHAT_AUTH`; without both, it is "
+        "for this machine only.",
     )
     audit_days: int | None = Field(
         None, ge=1, description="Keep an audit trail for so many days (the collection `audit`)."
@@ -173,6 +205,62 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="What is logged, at the least."
     )
+
+    _unknown: tuple[str, ...] = PrivateAttr(())
+    _env_file_read: Path | None = PrivateAttr(None)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  (pydantic names it)
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  (there are none)
+    ) -> tuple[Any, ...]:
+        """Read what pydantic reads, and which names and which file it was."""
+        variables: Mapping[str, str | None] = getattr(env_settings, "env_vars", {})
+        in_file: Mapping[str, str | None] = getattr(dotenv_settings, "env_vars", {})
+        file = getattr(dotenv_settings, "env_file", None)
+        found = Path(file).resolve() if isinstance(file, str | Path) and Path(file).exists() else None
+        read = {_READ: ({**in_file, **variables}, file, found)}
+        return init_settings, env_settings, dotenv_settings, lambda: read
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _names_are_known(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Refuse a name that is nearly a setting's, an empty value, and a `.env` of somebody else's."""
+        variables, file, found = (
+            values.pop(_READ, ({}, None, None)) if isinstance(values, dict) else ({}, 0, 0)
+        )
+        given = {name.upper(): value for name, value in variables.items() if name.upper().startswith("CHAT_")}
+        known = [f"CHAT_{name.upper()}" for name in cls.model_fields]
+        unknown = sorted(given.keys() - {*known, *_OF_CLIENTS})
+        faults = [_not_to_be_trusted(Path(file))] if found else []
+        faults += [_misspelt(name, known) for name in unknown]
+        faults += [
+            f"{name} is empty. Give it a value, or unset it." for name in known if _empty(given.get(name))
+        ]
+        faults += [
+            f"{name} is set {count} times, in capitals and not. Unset all but one."
+            for name, count in Counter(name.upper() for name in os.environ).items()
+            if count > 1 and name in known
+        ]
+        if any(faults):
+            raise ValueError("\n".join(filter(None, faults)))
+        settings = handler(values)
+        settings._unknown, settings._env_file_read = tuple(unknown), found  # noqa: SLF001  (our own)
+        return settings
+
+    @property
+    def unknown_variables(self) -> tuple[str, ...]:
+        """Name the `CHAT_*` variables that are nobody's here; they may be another program's."""
+        return self._unknown
+
+    @property
+    def env_file_read(self) -> Path | None:
+        """Name the `.env` that was read, if there was one."""
+        return self._env_file_read
 
     @field_validator("rate_per_key", "rate_per_address", "failures_per_address")
     @classmethod
@@ -202,24 +290,180 @@ class Settings(BaseSettings):
             raise ValueError("tls_cert and tls_key go together")
         return self
 
+    @field_validator("mongodb_url")
+    @classmethod
+    def _is_a_mongodb_url(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(("mongodb://", "mongodb+srv://")):
+            raise ValueError("it must begin with mongodb:// or mongodb+srv://")
+        return value
+
+    @model_validator(mode="after")
+    def _nothing_contradicts(self) -> Self:
+        """Refuse a setting that would have no effect where whoever set it relies on one."""
+        faults = [
+            f"{' and '.join(f'CHAT_{name.upper()}' for name in sorted(names & self.model_fields_set))} "
+            f"would have no effect: {reason}"
+            for names, reason, applies in _NEEDS
+            if names & self.model_fields_set and not applies(self)
+        ]
+        if self.metrics and self.auth != "none" and self.metrics_token is None:
+            faults.append(
+                "CHAT_METRICS with CHAT_AUTH needs CHAT_METRICS_TOKEN, because a proxy on this machine would "
+                "show the metrics to everybody."
+            )
+        if {
+            "page_items_default",
+            "page_items_max",
+        } <= self.model_fields_set and self.page_items_default > self.page_items_max:
+            faults.append(
+                "CHAT_PAGE_ITEMS_DEFAULT is more than CHAT_PAGE_ITEMS_MAX. Lower the one, or raise the other."
+            )
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
     @property
     def shortest_retention_days(self) -> int | None:
         """Return after how many days without activity the first conversations go, of any tenant."""
         days = [*self.retention_days_by_tenant.values(), *filter(None, [self.retention_days])]
         return min(days, default=None)
 
+    def engine_record(self) -> dict[str, Any]:
+        """Return what the data directory records of its engine. Raises OSError where there is none."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # neither a link nor a pipe
+        descriptor = os.open(self.data_dir / ENGINE_RECORD, flags)
+        with os.fdopen(descriptor) as file:
+            try:
+                record = json.load(file)
+            except ValueError:
+                record = None
+        if not isinstance(record, dict) or not record.keys() >= {"host", "port", "user", "password"}:
+            raise OSError(f"{self.data_dir / ENGINE_RECORD} is no record of an engine.")
+        return record
+
     @property
     def embedded_url(self) -> str:
-        """Name the embedded engine as drivers and `mongosh` take it.
+        """Name the engine that runs on the data directory, as drivers and `mongosh` take it.
 
-        `retryWrites=false` because SecantusDB scans its table of retryable writes at every write.
+        The URL has the password of the data directory, so nothing else that listens there can be taken for
+        it. `retryWrites=false` because SecantusDB scans its table of retryable writes at every write. Raises
+        OSError where no engine is recorded.
         """
+        record = self.engine_record()
+        if not record.get("port"):
+            raise OSError(f"No engine runs on the data directory {self.data_dir}.")
         return (
-            f"mongodb://127.0.0.1:{self.embedded_port}/{self.database}"
-            "?directConnection=true&retryWrites=false"
+            f"mongodb://{record['user']}:{record['password']}@{record['host']}:{record['port']}/{self.database}"
+            "?authSource=admin&authMechanism=SCRAM-SHA-256&directConnection=true&retryWrites=false"
         )
 
     @property
     def url(self) -> str:
-        """Name the database that the service uses, embedded or not."""
-        return self.mongodb_url or self.embedded_url
+        """Name the database that the service uses, embedded or not, with its password."""
+        return self.mongodb_url.get_secret_value() if self.mongodb_url is not None else self.embedded_url
+
+    @property
+    def database_name(self) -> str:
+        """Say in words, without any secret, which database this is."""
+        if self.mongodb_url is not None:
+            return f"{without_password(self.url)} (database {self.database!r} unless the URL names one)"
+        record = self.engine_record()
+        return (
+            f"{self.database!r} on the embedded engine of {self.data_dir.resolve()} "
+            f"({record['host']}:{record['port']})"
+        )
+
+
+def without_password(url: str) -> str:
+    """Return a URL of MongoDB without its password, nor any other secret that its options may have."""
+    scheme, _, rest = url.partition("://")
+    user, at, host = rest.rpartition("@")
+    return _SECRET_OPTIONS.sub(r"\1***", f"{scheme}://{user.partition(':')[0]}{at}{host}")
+
+
+_NEEDS: tuple[tuple[frozenset[str], str, Callable[[Settings], bool]], ...] = (
+    (
+        frozenset({"api_key", "key_cache_ms"}),
+        "API keys are not asked for. Set CHAT_AUTH=key (or key+jwt), or unset it.",
+        lambda s: "key" in s.auth,
+    ),
+    (
+        frozenset(name for name in Settings.model_fields if name.startswith("jwt_")),
+        "tokens are not asked for. Set CHAT_AUTH=jwt (or key+jwt), or unset it.",
+        lambda s: "jwt" in s.auth,
+    ),
+    (
+        frozenset({"failures_per_address"}),
+        "nothing is asked for. Set CHAT_AUTH, or unset it.",
+        lambda s: s.auth != "none",
+    ),
+    (
+        frozenset({"jwt_jwks_cache_s", "jwt_jwks_retry_s"}),
+        "the issuer is not asked for keys. Set CHAT_JWT_JWKS_URL, or unset it.",
+        lambda s: s.jwt_jwks_url is not None,
+    ),
+    (
+        frozenset({"jwt_algorithms"}),
+        "with CHAT_JWT_SECRET tokens are read with HS256 alone. Unset one of them.",
+        lambda s: s.jwt_secret is None,
+    ),
+    (
+        frozenset({"tls_key_password"}),
+        "there is no key. Set CHAT_TLS_CERT and CHAT_TLS_KEY, or unset it.",
+        lambda s: s.tls_key is not None,
+    ),
+    (
+        frozenset({"mongodb_tls_ca", "mongodb_tls_cert"}),
+        "the embedded engine would be used. Set CHAT_MONGODB_URL, or unset it.",
+        lambda s: s.mongodb_url is not None,
+    ),
+    (
+        frozenset({"metrics_token"}),
+        "there are no metrics. Set CHAT_METRICS=true, or unset it.",
+        lambda s: s.metrics,
+    ),
+)
+
+
+def _empty(value: str | None) -> bool:
+    return value is not None and not value.strip()
+
+
+def _not_to_be_trusted(file: Path) -> str | None:
+    """Say why a `.env` must not be read: whoever can write it could open this service, or lead it astray."""
+    link, target = file.lstat(), file.stat()
+    if {link.st_uid, target.st_uid} - {os.geteuid(), 0}:
+        return f"{file.absolute()} belongs to another user, so it is not read. Remove it, or make it yours."
+    if stat.S_IMODE(target.st_mode) & 0o022:
+        return (
+            f"Others can write {file.absolute()}, so it is not read. Mend that: chmod go-w {file.absolute()}"
+        )
+    return None
+
+
+def _misspelt(name: str, known: list[str]) -> str | None:
+    """Say which setting was meant by a name that is none, where one is near."""
+    distances = {each: _distance(name, each) for each in known}
+    nearest = min(distances, key=lambda each: distances[each])
+    if distances[nearest] > max(1, (min(len(name), len(nearest)) - len("CHAT_")) // 4):
+        return None
+    return f"There is no setting {name}. {nearest} was meant, it seems: rename it, or unset it."
+
+
+def _distance(one: str, other: str) -> int:
+    """Count the slips of the hand between two names; underscores and the order of words do not count."""
+    plain = _edits(one.replace("_", ""), other.replace("_", ""))
+    return min(plain, _edits("".join(sorted(one.split("_"))), "".join(sorted(other.split("_")))))
+
+
+def _edits(one: str, other: str) -> int:
+    """Count the letters to add, drop, change or swap with their neighbour (difflib is too coarse)."""
+    rows = [list(range(len(other) + 1))]
+    for i, mine in enumerate(one):
+        row = [i + 1]
+        for j, theirs in enumerate(other):
+            row.append(min(rows[-1][j + 1] + 1, row[j] + 1, rows[-1][j] + (mine != theirs)))
+            if i and j and mine == other[j - 1] and one[i - 1] == theirs:
+                row[-1] = min(row[-1], rows[-2][j - 1] + 1)
+        rows.append(row)
+    return rows[-1][-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -57,8 +58,16 @@ class Service:
 
     @property
     def database_url(self) -> str:
-        return self.mongodb_url or (
-            f"mongodb://127.0.0.1:{self.embedded_port}/chat_history?directConnection=true&retryWrites=false"
+        """The URL that `mongo-url` prints: of the engine that the data directory records, with its password.
+
+        The port is this one's, for it may be asked for while the engine does not run.
+        """
+        if self.mongodb_url is not None:
+            return self.mongodb_url
+        record = json.loads((self.data / "engine.json").read_text())
+        return (
+            f"mongodb://{record['user']}:{record['password']}@127.0.0.1:{self.embedded_port}/chat_history"
+            "?authSource=admin&authMechanism=SCRAM-SHA-256&directConnection=true&retryWrites=false"
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The route of metrics: for the holder of its token, or for this machine only."""
+"""The route of metrics: for the holder of its token, or, where there is none, for this machine only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from service.settings import Settings
 
 router = APIRouter(tags=["metrics"], include_in_schema=False)
 _LOCAL = frozenset({"127.0.0.1", "::1"})
+# A proxy on this machine has an address of this machine, and says so with one of these.
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
 
 
 @router.get("/metrics")
@@ -26,7 +28,8 @@ async def expose(request: Request) -> Response:
 
 def _allowed(request: Request, settings: Settings) -> bool:
     if settings.metrics_token is None:
-        return request.client is not None and request.client.host in _LOCAL
+        local = request.client is not None and request.client.host in _LOCAL
+        return local and not any(name in request.headers for name in _FORWARDED)
     expected = f"Bearer {settings.metrics_token.get_secret_value()}".encode()
     given = request.headers.get("authorization", "").encode("latin-1")
     return hmac.compare_digest(given, expected)

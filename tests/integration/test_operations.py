@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
+import json
 import os
 import re
 import signal
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pymongo import MongoClient
 
-from tests.harness import Service, append, create, running
+from service.app import create_app
+from service.settings import Settings
+from tests.harness import Service, append, create, new_id, running
 
 SECRET = "PLANTED-s3cr3t"
 
@@ -83,6 +87,125 @@ def test_metrics_are_off_unless_asked_for_and_then_for_their_token_only(
         assert client.get("/metrics", headers={"Authorization": "Bearer k"}).status_code == 401
         answer = client.get("/metrics", headers={"Authorization": f"Bearer {SECRET}"})
         assert (answer.status_code, "chat_requests_total" in answer.text) == (200, True)
+
+
+def test_metrics_without_a_token_are_not_for_who_comes_through_a_proxy(tmp_path: Path) -> None:
+    with running(tmp_path, metrics="true", trusted_proxies="*") as service, service.client() as client:
+        assert client.get("/metrics").status_code == 200
+        for name in ("X-Forwarded-For", "X-Real-IP", "Forwarded", "Via"):
+            assert client.get("/metrics", headers={name: "127.0.0.1"}).status_code == 401, name
+
+
+@pytest.mark.parametrize("auth", ["none", "key"])
+async def test_the_page_of_the_api_runs_no_script_but_one_fixed_version_and_no_key_is_typed_there(
+    auth: str,
+) -> None:
+    app = create_app(Settings(_env_file=None, auth=auth))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        page = await client.get("/docs")
+    if auth == "key":
+        assert page.status_code == 404
+        return
+    fetched = re.findall(r'<(?:link|script) [^>]*(?:src|href)="([^"]*)"([^>]*)>', page.text)
+    assert len(fetched) == 2
+    for url, attributes in fetched:
+        assert re.match(r"https://[\w.]+/npm/swagger-ui-dist@\d+\.\d+\.\d+/", url)
+        assert re.search(r'integrity="sha384-[\w+/]{64}"', attributes)
+    policy = page.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src https://")
+    assert "unsafe-inline" not in policy.split("style-src")[0]
+
+
+def run(service: Service, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of the operator's, beside the service that runs."""
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        env=service.environment() | environment,
+        cwd=service.directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve",),
+        ("verify",),
+        ("mongo-url",),
+        ("expire",),
+        ("keys", "list"),
+        ("keys", "create", "k", "--scope", "read"),
+        ("import", "/dev/null"),
+    ],
+)
+def test_no_command_runs_on_settings_that_cannot_be_meant(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    service = Service(tmp_path)
+    (tmp_path / ".env").write_text("CHAT_AUHT=key\n")
+    done = run(service, *arguments, CHAT_API_KEY="s3cret")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "There is no setting CHAT_AUHT. CHAT_AUTH was meant" in done.stderr
+    (tmp_path / ".env").unlink()
+    done = run(service, *arguments, CHAT_API_KEY="s3cret")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "CHAT_API_KEY would have no effect" in done.stderr
+    assert "s3cret" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not service.data.exists()
+
+
+def test_what_was_read_and_what_was_not_is_logged_at_start(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("CHAT_RETRY_AFTER_S=2\nCHAT_MODEL=large\nCHAT_HISTORY_URL=http://x\n")
+    with running(tmp_path) as service:
+        lines = [json.loads(line) for line in service.output().splitlines() if line.startswith("{")]
+    said = {line["event"]: line for line in lines}
+    assert said["env_file_read"]["file"] == str(tmp_path / ".env")
+    assert said["unknown_variables"]["names"] == ["CHAT_MODEL"]
+
+
+def test_an_import_for_one_user_stores_nothing_where_a_file_has_anything_of_another(service: Service) -> None:
+    ada, eve = new_id("ada"), new_id("eve")
+
+    def export(head: str, *owners: tuple[str, str]) -> list[Any]:
+        at = {"created_at": "2026-01-01T00:00:00.000Z"}
+        lines: list[Any] = [{"type": "export", "version": 1, "user_id": head, **at}]
+        for number, (owner, author) in enumerate(owners):
+            name = f"{ada}-{number}"
+            about = {
+                "id": name,
+                "user_id": owner,
+                "title": None,
+                "metadata": {},
+                "updated_at": at["created_at"],
+            }
+            counts = {"last_seq": 1, "message_count": 1}
+            lines.append({"type": "conversation", **about, **at, **counts})
+            message = {"id": "m", "conversation_id": name, "user_id": author, "seq": 1, "role": "user", **at}
+            lines.append({"type": "message", "message": message})
+        return [*lines, {"type": "end", "conversations": len(owners), "messages": len(owners)}]
+
+    def imported(*contents: list[Any]) -> subprocess.CompletedProcess[str]:
+        files = []
+        for number, lines in enumerate(contents):
+            files.append(str(service.directory / f"{ada}-{number}.ndjson"))
+            Path(files[-1]).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return run(service, "import", "--user", ada, *files)
+
+    good = export(ada, (ada, ada))
+    with service.client() as client:
+        for bad in (
+            export(ada, (ada, ada), (eve, eve)),
+            export(ada, (ada, ada), (ada, eve)),
+            export(eve, (ada, ada)),
+        ):
+            done = imported(good, bad)
+            assert done.returncode == 1
+            assert "line " in done.stderr
+            assert client.get(f"/conversations/{ada}-0").status_code == 404
+        assert imported(good).returncode == 0
+        assert client.get(f"/conversations/{ada}-0").json()["user_id"] == ada
 
 
 def test_the_audit_trail_says_who_did_what_and_no_content(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.harness import Service, append, create, free_port, whole_history
+from tests.harness import Service, append, create, whole_history
 
 
 def assert_honest(response: httpx.Response) -> None:
@@ -18,12 +18,12 @@ def assert_honest(response: httpx.Response) -> None:
 
 
 def test_a_service_without_a_database_starts_and_becomes_ready_when_it_comes(tmp_path: Path) -> None:
-    port = free_port()
-    url = f"mongodb://127.0.0.1:{port}/chat_history?directConnection=true&retryWrites=false"
+    engine = Service(tmp_path)
+    engine.start()  # so that its engine has a password
+    engine.stop()
+    url = engine.database_url
     service = Service(tmp_path / "service", mongodb_url=url, server_selection_timeout_ms=500)
     service.directory.mkdir()
-    engine = Service(tmp_path)
-    engine.embedded_port = port
     try:
         service.start(wait=False)
         service.wait_until("/health/live")

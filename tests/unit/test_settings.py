@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, without_password
 
 
 def test_every_setting_says_what_it_is_and_the_readme_lists_it() -> None:
@@ -47,3 +48,134 @@ def test_a_retention_of_one_tenant_alone_is_a_retention() -> None:
     for wrong in (0, -1):
         with pytest.raises(ValidationError):
             shortest(retention_days_by_tenant={"acme": wrong})
+
+
+def refused(**settings: Any) -> str:
+    """What is said of settings that must be refused."""
+    with pytest.raises(ValidationError) as refusal:
+        Settings(**{"_env_file": None, **settings})
+    return "\n".join(str(each["msg"]) for each in refusal.value.errors())
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("CHAT_AUHT", "CHAT_AUTH"),
+        ("chat_auht", "CHAT_AUTH"),
+        ("CHAT__AUTH", "CHAT_AUTH"),
+        ("CHAT_APIKEY", "CHAT_API_KEY"),
+        ("CHAT_API_KEYS", "CHAT_API_KEY"),
+        ("CHAT_KEY_API", "CHAT_API_KEY"),
+        ("CHAT_MONGODB_URI", "CHAT_MONGODB_URL"),
+        ("CHAT_MONGO_URL", "CHAT_MONGODB_URL"),
+        ("CHAT_MAX_PAGE_ITEMS", "CHAT_PAGE_ITEMS_MAX"),
+        ("CHAT_DATABASE_TIMEOUT", "CHAT_DATABASE_TIMEOUT_MS"),
+        ("CHAT_TRUSTED_PROXY", "CHAT_TRUSTED_PROXIES"),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_refused_and_the_setting_is_named(
+    variable: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "key")
+    said = refused()
+    assert f"{variable.upper()}. {meant} was meant" in said
+    monkeypatch.delenv(variable)
+    (tmp_path / ".env").write_text(f"{variable}=key\n")
+    monkeypatch.chdir(tmp_path)
+    assert f"{variable.upper()}. {meant} was meant" in refused(_env_file=".env")
+
+
+def test_every_setting_is_known_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"CHAT_{name.upper()}", "1")
+    assert "There is no setting" not in refused()
+
+
+def test_a_variable_of_another_program_is_named_and_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [
+        "CHAT_API_URL",
+        "CHAT_MAX_TOKENS",
+        "CHAT_MODEL",
+        "CHAT_PATH",
+        "CHAT_RETRIES",
+        "CHAT_TEMPERATURE",
+    ]
+    for name in [*others, "CHAT_HISTORY_URL", "CHAT_HISTORY_API_KEY", "CHATS_AUTH"]:
+        monkeypatch.setenv(name, "1")
+    assert Settings(_env_file=None).unknown_variables == tuple(others)
+
+
+@pytest.mark.parametrize("variable", ["CHAT_API_KEY", "CHAT_MONGODB_URL", "CHAT_METRICS_TOKEN", "CHAT_HOST"])
+def test_a_setting_that_is_empty_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, " ")
+    assert f"{variable} is empty" in refused()
+
+
+def test_a_setting_in_capitals_and_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHAT_AUTH", "key")
+    monkeypatch.setenv("chat_auth", "none")
+    assert "CHAT_AUTH is set 2 times" in refused()
+
+
+JWT = {"auth": "jwt", "jwt_issuer": "i", "jwt_audience": "a"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"api_key": "s"}, "CHAT_API_KEY would have no effect"),
+        ({"api_key": "s", "auth": "none"}, "Set CHAT_AUTH=key"),
+        ({"api_key": "s", **JWT, "jwt_secret": "s"}, "CHAT_API_KEY would have no effect"),
+        ({"key_cache_ms": 0}, "CHAT_KEY_CACHE_MS would have no effect"),
+        ({"failures_per_address": "5/minute"}, "CHAT_FAILURES_PER_ADDRESS would have no effect"),
+        ({"jwt_secret": "s"}, "CHAT_JWT_SECRET would have no effect"),
+        ({"jwt_jwks_url": "https://i", "auth": "key"}, "Set CHAT_AUTH=jwt"),
+        ({"jwt_tenant_claim": "org"}, "CHAT_JWT_TENANT_CLAIM would have no effect"),
+        ({**JWT, "jwt_secret": "s", "jwt_algorithms": ["RS256"]}, "HS256 alone"),
+        ({**JWT, "jwt_secret": "s", "jwt_jwks_cache_s": 9}, "CHAT_JWT_JWKS_CACHE_S would have no effect"),
+        ({"tls_key_password": "p"}, "CHAT_TLS_KEY_PASSWORD would have no effect"),
+        ({"mongodb_tls_ca": "ca.pem"}, "Set CHAT_MONGODB_URL"),
+        ({"metrics_token": "t"}, "Set CHAT_METRICS=true"),
+        ({"metrics": True, "auth": "key"}, "needs CHAT_METRICS_TOKEN"),
+        ({"page_items_default": 9, "page_items_max": 8}, "CHAT_PAGE_ITEMS_DEFAULT is more than"),
+        ({"mongodb_url": "localhost:27017"}, "must begin with mongodb://"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: Any, says: str) -> None:
+    assert says in refused(**settings)
+
+
+def test_a_setting_that_is_merely_unused_is_no_contradiction() -> None:
+    on_mongodb = {"mongodb_url": "mongodb://db", "data_dir": "x", "embedded_port": 1, "insecure": True}
+    assert Settings(_env_file=None, **on_mongodb, auth="key", api_key="s", page_items_max=7).auth == "key"
+
+
+def test_a_dotenv_file_that_somebody_else_can_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / ".env"
+    file.write_text("CHAT_PORT=1234\n")
+    monkeypatch.chdir(tmp_path)
+    for mode in (0o620, 0o602, 0o666):
+        file.chmod(mode)
+        assert "chmod go-w" in refused(_env_file=".env")
+    file.chmod(0o644)
+    assert Settings().env_file_read == file
+    real = os.geteuid() + 1000
+    monkeypatch.setattr(os, "geteuid", lambda: real)
+    if file.stat().st_uid:  # root's is everybody's
+        assert "belongs to another user" in refused(_env_file=".env")
+    else:
+        os.chown(file, real + 1, -1)
+        assert "belongs to another user" in refused(_env_file=".env")
+        os.chown(file, 0, -1)
+        assert Settings().port == 1234
+
+
+def test_the_password_of_the_database_is_in_no_text_of_the_settings() -> None:
+    url = "mongodb://ada:s3cret@db1,db2/chat?replicaSet=rs0&tlsCertificateKeyFilePassword=s3cret"
+    settings = Settings(_env_file=None, mongodb_url=url)
+    assert settings.url == url
+    assert "s3cret" not in repr(settings) + str(settings) + settings.database_name
+    assert without_password("mongodb://ada:p@ss/w:rd@db/chat") == "mongodb://ada@db/chat"
+    assert without_password("mongodb://db:27017/chat?w=1") == "mongodb://db:27017/chat?w=1"
