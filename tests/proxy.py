@@ -38,6 +38,7 @@ class Proxy:
         self.target = target
         self.port = 0
         self.cuts: list[Cut] = []
+        self.accepted = 0
         self._down = False
         self._loop = asyncio.new_event_loop()
         self._open = asyncio.Event()
@@ -96,6 +97,7 @@ class Proxy:
         await asyncio.wait(tasks, timeout=5) if tasks else None
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         if self._down:
             writer.transport.abort()
             return

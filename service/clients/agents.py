@@ -7,7 +7,6 @@ they were given: nothing is filled in, and an id stays in the item. So `/v1` rea
 from __future__ import annotations
 
 from typing import Any, cast
-from uuid import uuid4
 
 from agents.items import TResponseInputItem
 from agents.memory.session import SessionABC
@@ -20,15 +19,17 @@ from agents.memory.session_settings import (
 from service import openai_items
 from service.clients.http import ChatHistoryClient, NotFound
 
-_BATCH_ITEMS = 1_000
-
 
 class ChatHistorySession(SessionABC):
     """A session that is a conversation, owned by `user_id`; its id is the session's unless it is given.
 
-    One request for each `add_items` (of up to 1,000 items, stored together or not at all, and once, whatever
-    happens to the connection), and one for `pop_item`, which gives an item to one caller only. May be used
-    from several event loops, as may the client. The conversation is made by the first `add_items`.
+    One request for each `add_items` (of up to 1,000 items and 24 MiB, stored together or not at all, and
+    once, whatever happens to the connection), and one for `pop_item`, which gives an item to one caller only.
+    May be used from several event loops, as may the client. The conversation is made by the first
+    `add_items`.
+
+    A run that is cancelled while it writes stores what it had to store, and is cancelled then. A cancelled
+    `pop_item` leaves its item in the session, as the newest.
     """
 
     def __init__(
@@ -63,17 +64,12 @@ class ChatHistorySession(SessionABC):
         return items if wanted is None else items[-wanted:]
 
     async def add_items(self, items: list[TResponseInputItem]) -> None:
-        """Append items; more than 1,000 go in batches of so many, each of which is stored whole."""
-        for first in range(0, len(items), _BATCH_ITEMS):
-            batch = [_message(cast("dict[str, Any]", item)) for item in items[first : first + _BATCH_ITEMS]]
-            await self._append(batch, key=uuid4().hex)
+        """Append items, in as few batches as the service takes, each of which is stored whole.
 
-    async def _append(self, batch: list[dict[str, Any]], key: str) -> None:
-        try:
-            await self._client.append(self.conversation_id, batch, key=key, user_id=self._user_id)
-        except NotFound:
-            await self._client.create_conversation(self._user_id, self.conversation_id)
-            await self._client.append(self.conversation_id, batch, key=key, user_id=self._user_id)
+        When a batch is refused, those before it stay stored; see ChatHistoryClient.append_all.
+        """
+        messages = [_message(cast("dict[str, Any]", item)) for item in items]
+        await self._client.append_all(self._user_id, self.conversation_id, messages)
 
     async def pop_item(self) -> TResponseInputItem | None:
         """Take the newest item, or None where there is none.

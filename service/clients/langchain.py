@@ -1,8 +1,10 @@
 """LangChain's chat message history, kept by the service (the extra `langchain`).
 
 A message is stored as a native document: its role, its content, its tool calls as LangChain has them
-(`{name, args, id}`, so that `tool_calls.args` can be queried), its `tool_call_id`. What else it has stands in
-`langchain`, with its type. It is restored equal.
+(`{name, args, id}`, so that `tool_calls.args` can be queried), its `tool_call_id`. What else LangChain's
+`messages_to_dict` says of it stands in `langchain`, defaults included, for they may be others in another
+version. It is restored as `messages_from_dict` restores it: a model or Document that it holds as a dict. What
+is no JSON (a date in a tool's artifact, for one) is refused with a TypeError that names its place.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from typing import Any
-from uuid import uuid4
 
 from langchain_core.chat_history import BaseChatMessageHistory
 from langchain_core.messages import BaseMessage, messages_from_dict
@@ -21,10 +22,18 @@ from service.clients.http import ChatHistoryClient, NotFound, SyncChatHistoryCli
 Json = dict[str, Any]
 
 FIELD = "langchain"
-_ROLES = {"human": "user", "ai": "assistant", "system": "system", "tool": "tool", "function": "tool"}
+# The roles of LangChain's types, and of their chunks; a ChatMessage has its own.
+_ROLES = {
+    "human": "user",
+    "ai": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "remove": "system",
+    "chat": "user",
+}
 # The fields that both have. They stand natively, and not a second time in `langchain`.
 _NATIVE = ("content", "tool_calls", "tool_call_id", "name")
-_BATCH_ITEMS = 1_000
 
 
 class ChatHistoryMessages(BaseChatMessageHistory):
@@ -75,24 +84,20 @@ class ChatHistoryMessages(BaseChatMessageHistory):
             return []
 
     def add_messages(self, messages: Sequence[BaseMessage]) -> None:
-        """Append messages; more than 1,000 go in batches of so many, each of which is stored whole."""
-        client = self._sync()
-        for batch, key in _batches(messages):
-            try:
-                client.append(self.session_id, batch, key=key, user_id=self.user_id)
-            except NotFound:
-                client.create_conversation(self.user_id, self.session_id)
-                client.append(self.session_id, batch, key=key, user_id=self.user_id)
+        """Append messages, in as few batches as the service takes, each of which is stored whole.
+
+        When a batch is refused, those before it stay stored; see ChatHistoryClient.append_all.
+        """
+        self._sync().append_all(self.user_id, self.session_id, [stored_as(each) for each in messages])
 
     async def aadd_messages(self, messages: Sequence[BaseMessage]) -> None:
-        """Append messages; more than 1,000 go in batches of so many, each of which is stored whole."""
-        client = self._async()
-        for batch, key in _batches(messages):
-            try:
-                await client.append(self.session_id, batch, key=key, user_id=self.user_id)
-            except NotFound:
-                await client.create_conversation(self.user_id, self.session_id)
-                await client.append(self.session_id, batch, key=key, user_id=self.user_id)
+        """Append messages, in as few batches as the service takes, each of which is stored whole.
+
+        When a batch is refused, those before it stay stored; see ChatHistoryClient.append_all. A caller who
+        is cancelled meanwhile is cancelled when they are stored.
+        """
+        stored = [stored_as(each) for each in messages]
+        await self._async().append_all(self.user_id, self.session_id, stored)
 
     def clear(self) -> None:
         """Delete all messages; the conversation stays."""
@@ -109,23 +114,28 @@ class ChatHistoryMessages(BaseChatMessageHistory):
             return
 
 
-def _batches(messages: Sequence[BaseMessage]) -> list[tuple[list[Json], str]]:
-    """Return the messages as stored, in batches, each with the key under which it is stored once."""
-    stored = [stored_as(message) for message in messages]
-    return [
-        (stored[first : first + _BATCH_ITEMS], uuid4().hex) for first in range(0, len(stored), _BATCH_ITEMS)
-    ]
-
-
 def stored_as(message: BaseMessage) -> Json:
     """Return the native message that a message is stored as."""
-    data = message.model_dump(exclude_defaults=True)
-    native = {name: data[name] for name in _NATIVE if data.get(name) is not None}
-    rest = {name: value for name, value in data.items() if name not in native}
-    role = _ROLES.get(message.type.removesuffix("MessageChunk").lower())
-    if role is None:  # a ChatMessage has a role of its own, which may be one of ours
-        role = data["role"] if data.get("role") in {"user", "assistant", "system", "developer"} else "user"
-    return {"role": role, **native, FIELD: {**rest, "type": message.type}}
+    kind = message.type.removesuffix("MessageChunk").lower()
+    if kind not in _ROLES:
+        raise ValueError(f"A message of the type {message.type!r} could not be restored by LangChain.")
+    data = message.model_dump()
+    native = {name: data[name] for name in _NATIVE if _is_native(name, data.get(name))}
+    role = _ROLES[kind]
+    if kind == "chat" and data["role"] in {"assistant", "system", "developer"}:
+        role = data["role"]
+    return {
+        "role": role,
+        **native,
+        FIELD: {name: value for name, value in data.items() if name not in native},
+    }
+
+
+def _is_native(name: str, value: Any) -> bool:
+    """Tell whether a value stands natively; no tool calls are no field, so that a query finds real ones."""
+    if name in {"name", "tool_call_id"}:
+        return isinstance(value, str)
+    return value is not None and not (name == "tool_calls" and value == [])
 
 
 def restored(messages: Sequence[Json]) -> list[BaseMessage]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
-from uuid import uuid4
 
 from pydantic_ai.messages import ModelMessage, ModelMessagesTypeAdapter
 
@@ -19,7 +18,6 @@ from service.clients.http import ChatHistoryClient, NotFound
 Json = dict[str, Any]
 
 FIELD = "pydantic_ai"
-_BATCH_ITEMS = 1_000
 # The kinds of parts whose `content`, where it is text, is a part of the native content.
 _TEXTS = frozenset({"system-prompt", "user-prompt", "tool-return", "retry-prompt", "text"})
 _CALL = ("tool_name", "args", "tool_call_id")
@@ -45,15 +43,12 @@ class ChatHistoryStore:
             return []
 
     async def save(self, conversation_id: str, messages: Sequence[ModelMessage]) -> None:
-        """Append messages; more than 1,000 go in batches of so many, each of which is stored whole."""
-        stored = stored_as(messages)
-        for first in range(0, len(stored), _BATCH_ITEMS):
-            batch, key = stored[first : first + _BATCH_ITEMS], uuid4().hex
-            try:
-                await self._client.append(conversation_id, batch, key=key, user_id=self._user_id)
-            except NotFound:
-                await self._client.create_conversation(self._user_id, conversation_id)
-                await self._client.append(conversation_id, batch, key=key, user_id=self._user_id)
+        """Append messages, in as few batches as the service takes, each of which is stored whole.
+
+        When a batch is refused, those before it stay stored; see ChatHistoryClient.append_all. A caller who
+        is cancelled meanwhile is cancelled when they are stored.
+        """
+        await self._client.append_all(self._user_id, conversation_id, stored_as(messages))
 
 
 def stored_as(messages: Sequence[ModelMessage]) -> list[Json]:
