@@ -29,6 +29,7 @@ import asyncio
 import copy
 import functools
 import hashlib
+import hmac
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -341,8 +342,9 @@ class ChatService:
         """
         self._database.require_room()
         _validate(_ID, user_id, "user_id")
-        user_id = self._scope.user_id or user_id
-        by_key = f"conv_{_digest(f'{user_id}/{idempotency_key}')}" if idempotency_key is not None else None
+        by_key = None
+        if idempotency_key is not None:
+            by_key = await self._id_by_key(self._scope.owner_of(user_id), idempotency_key)
         wanted = self._new_conversation(by_key, user_id, None, metadata)
         batch = None
         if messages:
@@ -350,6 +352,15 @@ class ChatService:
             batch = self._incoming(messages, self._places(messages, field), naming)
         conversation, _ = await self._create(wanted, batch)
         return _shown(conversation)
+
+    async def _id_by_key(self, owner: Owner, idempotency_key: str) -> str:
+        """Return the id that the owner's key stands for.
+
+        It is made with a secret. Otherwise another user could compute it, take it first, and find out by a
+        409 which keys the owner has used.
+        """
+        said = f"{owner}/{idempotency_key}".encode()
+        return f"conv_{hmac.new(await self._database.secret(), said, 'sha256').hexdigest()[:32]}"
 
     @_in_one_call
     async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:

@@ -19,6 +19,7 @@ import contextlib
 import contextvars
 import functools
 import os
+import secrets
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ from pymongo.write_concern import WriteConcern
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from service import metrics
-from service.documents import BY_ACTIVITY, ApiKey, AuditEntry, Conversation, Erasure, Message
+from service.documents import BY_ACTIVITY, ApiKey, AuditEntry, Conversation, Erasure, Message, Secret
 from service.errors import (
     BatchTooLarge,
     ChatHistoryError,
@@ -69,6 +70,7 @@ log = structlog.get_logger(__name__)
 
 _DURABLE = WriteConcern("majority", j=True)
 _RECONNECT_S = 1.0
+_SECRET = "conversation_ids"
 _THREADS = 32
 _READY_TIMEOUT_S = 1.0
 # By how much the loop's deadline is later than the driver's.
@@ -123,6 +125,7 @@ class Database:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="database")
         self._lost_sessions: dict[bytes, tuple[Mapping[str, Any], int]] = {}
         self._killing: asyncio.Task[None] | None = None
+        self._secret: bytes | None = None
         self.embedded_engine = False
         self.engine = "unknown"
 
@@ -206,7 +209,7 @@ class Database:
 
     async def _declare_documents(self, database: Any) -> None:
         """Bind the documents to the database, and make their indexes where they are missing."""
-        documents = [ApiKey, AuditEntry, Conversation, Erasure, Message]
+        documents = [ApiKey, AuditEntry, Conversation, Erasure, Message, Secret]
         try:
             with pymongo.timeout(_INDEXES_TIMEOUT_S):
                 await init_beanie(database, document_models=documents, skip_indexes=not self._make_indexes)
@@ -413,6 +416,19 @@ class Database:
             if free < settings.disk_reserve_bytes:
                 raise StorageFull(f"{free} bytes are free, and {settings.disk_reserve_bytes} are kept.")
 
+    async def secret(self) -> bytes:
+        """Return the 32 random bytes that this deployment makes ids with, which no caller knows.
+
+        They are in the database, so that every process has the same, and a backup has them, too.
+        """
+        if self._secret is None:
+            try:
+                self._secret = await self.transaction(_find_or_make_secret)
+            except DuplicateKeyError:
+                # Another process has just made it. This transaction began later, so it finds it.
+                self._secret = await self.transaction(_find_or_make_secret)
+        return self._secret
+
     # -- messages as bytes -------------------------------------------------------------------------
 
     async def read(
@@ -467,6 +483,15 @@ class Database:
             if any(each.get("code") == 11000 for each in error.details.get("writeErrors", [])):
                 raise DuplicateKeyError(str(error), 11000, error.details) from error
             raise
+
+
+async def _find_or_make_secret(transaction: Transaction) -> bytes:
+    """Return the secret, which is made if it is not there; either is certain once the transaction commits."""
+    found = await Secret.find_one({"_id": _SECRET}, session=transaction.session)
+    if found is None:
+        found = Secret(id=_SECRET, value=secrets.token_bytes(32))
+        await found.insert(session=transaction.session)
+    return found.value
 
 
 class _Timed(monitoring.CommandListener):
