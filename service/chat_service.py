@@ -230,7 +230,7 @@ class ChatService:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
-        self._turns: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[tuple[Key, Owner | None], asyncio.Lock] = WeakValueDictionary()
         self._scope = Scope()
 
     def of(self, scope: Scope) -> ChatService:
@@ -313,7 +313,7 @@ class ChatService:
 
         transaction = Transaction()
         try:
-            await self._write(key, insert, transaction)
+            await self._write(key, owner, insert, transaction)
         except DuplicateKeyError:
             # Another request was faster, or our own first attempt was, whose answer was lost.
             existing = await self._existing(wanted)
@@ -396,7 +396,7 @@ class ChatService:
         async def update(transaction: Transaction) -> Conversation:
             return await self._lock(transaction, _owned(key, owner), {"$set": changes})
 
-        return _shown(await self._write(key, update))
+        return _shown(await self._write(key, owner, update))
 
     @_in_one_call
     async def list_conversations(
@@ -476,7 +476,7 @@ class ChatService:
             return found.message_count <= DELETE_BATCH_ITEMS
 
         async with self._database.call():
-            gone = await self._write(key, begin)
+            gone = await self._write(key, _owner_of(owned), begin)
         if not gone:
             await self.finish_deletion(key)
 
@@ -502,7 +502,7 @@ class ChatService:
             await self._remove(transaction, key)
 
         async with self._database.call():
-            await self._write(key, remove)
+            await self._write(key, Owner(NOBODY), remove)
 
     async def finish_deletions(self) -> int:
         """Take up the deletions that a crash or an outage interrupted, of all tenants; return how many."""
@@ -568,7 +568,7 @@ class ChatService:
             transaction = Transaction()
             try:
                 store = functools.partial(self._store, _owned(key, owner), batch)
-                stored = await self._write(key, store, transaction)
+                stored = await self._write(key, owner, store, transaction)
             except DuplicateKeyError:
                 stored = await self._stored_before(key, owner, batch)
                 replayed = not transaction.may_have_committed
@@ -823,7 +823,7 @@ class ChatService:
 
         transaction = Transaction()
         try:
-            await self._write(key, delete, transaction)
+            await self._write(key, owner, delete, transaction)
         except MessageNotFound:
             if not transaction.may_have_committed:
                 raise
@@ -860,7 +860,7 @@ class ChatService:
             return popped[-1]
 
         try:
-            return await self._write(key, pop)
+            return await self._write(key, owner, pop)
         except MessageNotFound:
             return None
 
@@ -884,7 +884,8 @@ class ChatService:
         for top in range(span.high, span.low, -DELETE_BATCH_ITEMS):
             batch = span.between(top - DELETE_BATCH_ITEMS, top)
             async with self._database.call():
-                deleted += await self._write(span.key, functools.partial(self._delete_batch, owned, batch))
+                work = functools.partial(self._delete_batch, owned, batch)
+                deleted += await self._write(span.key, _owner_of(owned), work)
         return deleted
 
     async def _delete_batch(self, owned: Json, batch: Span, transaction: Transaction) -> int:
@@ -923,13 +924,19 @@ class ChatService:
     async def _write(
         self,
         key: Key,
+        owner: Owner | None,
         work: Callable[[Transaction], Awaitable[T]],
         transaction: Transaction | None = None,
     ) -> T:
-        """Run a transaction when it is this conversation's turn in this process."""
-        turn = self._turns.get(key)
+        """Run a transaction when it is this caller's turn at the conversation in this process.
+
+        Callers who name different owners do not wait for each other, because only one of them can be right:
+        the others are refused without waiting, and keep nobody waiting. A caller who names no owner may
+        collide with one who does; the database then runs one of the two again.
+        """
+        turn = self._turns.get((key, owner))
         if turn is None:
-            turn = self._turns[key] = asyncio.Lock()
+            turn = self._turns[key, owner] = asyncio.Lock()
         try:
             async with asyncio.timeout(self._settings.database_timeout_ms / 1000):
                 await turn.acquire()
@@ -1097,6 +1104,11 @@ def _owned(key: Key, owner: Owner | None) -> Json:
     if owner == NOBODY:
         raise _no_conversation(key)
     return {"_id": key, "user_id": {"$ne": NOBODY} if owner is None else owner}
+
+
+def _owner_of(owned: Json) -> Owner | None:
+    """Return the owner whom such a filter names, or None where it takes any."""
+    return Owner(owned["user_id"]) if isinstance(owned["user_id"], str) else None
 
 
 def _header(conversation: Conversation, message_id: str, seq: int) -> bytes:

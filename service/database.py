@@ -70,7 +70,7 @@ log = structlog.get_logger(__name__)
 
 _DURABLE = WriteConcern("majority", j=True)
 _RECONNECT_S = 1.0
-_SECRET = "conversation_ids"
+_FOR_IDS = "conversation_ids"
 _THREADS = 32
 _READY_TIMEOUT_S = 1.0
 # By how much the loop's deadline is later than the driver's.
@@ -487,9 +487,9 @@ class Database:
 
 async def _find_or_make_secret(transaction: Transaction) -> bytes:
     """Return the secret, which is made if it is not there; either is certain once the transaction commits."""
-    found = await Secret.find_one({"_id": _SECRET}, session=transaction.session)
+    found = await Secret.find_one({"_id": _FOR_IDS}, session=transaction.session)
     if found is None:
-        found = Secret(id=_SECRET, value=secrets.token_bytes(32))
+        found = Secret(id=_FOR_IDS, value=secrets.token_bytes(32))
         await found.insert(session=transaction.session)
     return found.value
 
