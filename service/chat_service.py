@@ -34,6 +34,7 @@ import asyncio
 import copy
 import functools
 import hashlib
+import hmac
 import secrets
 from collections.abc import (
     AsyncIterator,
@@ -263,7 +264,7 @@ class ChatService:
     def __init__(self, database: Database, settings: Settings) -> None:
         self._database = database
         self._settings = settings
-        self._turns: WeakValueDictionary[Key, asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[tuple[Key, Owner | None], asyncio.Lock] = WeakValueDictionary()
         self._scope = Scope()
 
     def of(self, scope: Scope) -> ChatService:
@@ -346,7 +347,7 @@ class ChatService:
         transaction, pause_s = Transaction(), _PAUSE_S
         while True:  # until the deadline of the call
             try:
-                await self._write(key, insert, transaction)
+                await self._write(key, owner, insert, transaction)
             except DuplicateKeyError as error:
                 # Another request was faster, or our own first attempt was, whose answer was lost.
                 if "writeErrors" in (error.details or {}):
@@ -402,8 +403,9 @@ class ChatService:
         """
         self._database.require_room()
         _validate(_ID, user_id, "user_id")
-        user_id = self._scope.user_id or user_id
-        by_key = f"conv_{_digest(f'{user_id}/{idempotency_key}')}" if idempotency_key is not None else None
+        by_key = None
+        if idempotency_key is not None:
+            by_key = await self._id_by_key(self._scope.owner_of(user_id), idempotency_key)
         wanted = self._new_conversation(by_key, user_id, None, metadata)
         batch = None
         if messages:
@@ -411,6 +413,15 @@ class ChatService:
             batch = self._incoming(messages, self._places(messages, field), naming)
         conversation, _ = await self._create(wanted, batch)
         return _shown(conversation)
+
+    async def _id_by_key(self, owner: Owner, idempotency_key: str) -> str:
+        """Return the id that the owner's key stands for.
+
+        It is made with a secret. Otherwise another user could compute it, take it first, and find out by a
+        409 which keys the owner has used.
+        """
+        said = f"{owner}/{idempotency_key}".encode()
+        return f"conv_{hmac.new(await self._database.secret(), said, 'sha256').hexdigest()[:32]}"
 
     @_in_one_call
     async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:
@@ -451,7 +462,7 @@ class ChatService:
             return changed
 
         try:
-            return _shown(await self._write(key, update))
+            return _shown(await self._write(key, owner, update))
         except OperationFailure as error:
             if error.code in DOCUMENT_TOO_LARGE:
                 raise _oversize(given) from error
@@ -551,10 +562,10 @@ class ChatService:
 
         try:
             async with self._database.call():
-                gone = await self._write(key, functools.partial(begin, DELETE_BATCH_ITEMS))
+                gone = await self._write(key, _owner_of(owned), functools.partial(begin, DELETE_BATCH_ITEMS))
         except BatchTooLarge:  # few messages, but large: it is gone first, and they go in smaller parts
             async with self._database.call():
-                gone = await self._write(key, functools.partial(begin, -1))
+                gone = await self._write(key, _owner_of(owned), functools.partial(begin, -1))
         if not gone:
             await self.finish_deletion(key)
 
@@ -575,7 +586,7 @@ class ChatService:
         """
         async with self._database.call():
             try:
-                found = await self._write(key, functools.partial(self._take_up, key))
+                found = await self._write(key, Owner(NOBODY), functools.partial(self._take_up, key))
             except ConversationNotFound:
                 return True  # somebody else has finished it
         if found is None:
@@ -592,7 +603,7 @@ class ChatService:
                 await self._remove(transaction, key)
 
             async with self._database.call():
-                await self._write(key, remove)
+                await self._write(key, Owner(NOBODY), remove)
         except ConversationNotFound:
             pass
         return True
@@ -690,7 +701,7 @@ class ChatService:
         store = functools.partial(self._store, _owned(key, owner), batch)
         while True:  # until the deadline of the call
             try:
-                return await self._write(key, store, transaction), False
+                return await self._write(key, owner, store, transaction), False
             except DuplicateKeyError as error:
                 if _is_broken_counter(error):
                     raise _broken_counter(key) from error
@@ -985,7 +996,7 @@ class ChatService:
         transaction = Transaction()
         while True:  # until the deadline of the call
             try:
-                return await self._write(key, delete, transaction)
+                return await self._write(key, owner, delete, transaction)
             except MessageNotFound:
                 # That transaction had counted the message out, so it could not commit; this one can.
                 if not await self._decided(functools.partial(self._has, key, owner, message_id)):
@@ -1050,7 +1061,7 @@ class ChatService:
         transaction = Transaction()
         while True:  # until the deadline of the call
             try:
-                return await self._write(key, pop, transaction)
+                return await self._write(key, owner, pop, transaction)
             except MessageNotFound:
                 # That transaction had counted a message out, so it could not commit; this one can.
                 if not await self._decided(functools.partial(self._has, key, owner, None)):
@@ -1081,7 +1092,7 @@ class ChatService:
             try:
                 async with self._database.call():
                     work = functools.partial(self._delete_batch, owned, batch, counts)
-                    deleted += await self._write(span.key, work)
+                    deleted += await self._write(span.key, _owner_of(owned), work)
             except BatchTooLarge:
                 if width == 1:
                     raise
@@ -1146,10 +1157,15 @@ class ChatService:
     async def _write(
         self,
         key: Key,
+        owner: Owner | None,
         work: Callable[[Transaction], Awaitable[T]],
         transaction: Transaction | None = None,
     ) -> T:
-        """Run a transaction when it is this conversation's turn in this process.
+        """Run a transaction when it is this caller's turn at the conversation in this process.
+
+        Callers who name different owners do not wait for each other, because only one of them can be right:
+        the others are refused without waiting, and keep nobody waiting. A caller who names no owner may
+        collide with one who does; the database then runs one of the two again.
 
         Where the conversation is not found, the first statement has changed nothing, and the transaction is
         committed all the same: the commit waits until what it read is durable. A conversation whose deletion
@@ -1163,9 +1179,9 @@ class ChatService:
                 transaction.wrote = False
                 return error
 
-        turn = self._turns.get(key)
+        turn = self._turns.get((key, owner))
         if turn is None:
-            turn = self._turns[key] = asyncio.Lock()
+            turn = self._turns[key, owner] = asyncio.Lock()
         try:
             async with asyncio.timeout(self._settings.database_timeout_ms / 1000):
                 await turn.acquire()
@@ -1404,6 +1420,11 @@ def _owned(key: Key, owner: Owner | None) -> Json:
     if owner == NOBODY:
         raise _no_conversation(key)
     return {"_id": key, "user_id": {"$ne": NOBODY} if owner is None else owner}
+
+
+def _owner_of(owned: Json) -> Owner | None:
+    """Return the owner whom such a filter names, or None where it takes any."""
+    return Owner(owned["user_id"]) if isinstance(owned["user_id"], str) else None
 
 
 def _header(conversation: Conversation, message_id: str, seq: int) -> bytes:

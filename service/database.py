@@ -20,6 +20,7 @@ import contextvars
 import functools
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -51,7 +52,7 @@ from pymongo.write_concern import WriteConcern
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from service import metrics
-from service.documents import BY_ACTIVITY, ApiKey, AuditEntry, Conversation, Erasure, Message
+from service.documents import BY_ACTIVITY, ApiKey, AuditEntry, Conversation, Erasure, Message, Secret
 from service.errors import (
     BatchTooLarge,
     ChatHistoryError,
@@ -75,6 +76,7 @@ log = structlog.get_logger(__name__)
 
 _DURABLE = WriteConcern("majority", j=True)
 _RECONNECT_S = 1.0
+_FOR_IDS = "conversation_ids"
 _THREADS = 32
 _READY_TIMEOUT_S = 1.0
 # By how much the loop's deadline is later than the driver's.
@@ -226,6 +228,7 @@ class Database:
         self._lost_sessions: dict[bytes, _LostSession] = {}
         self._no_kills_until = 0.0
         self._killing: asyncio.Task[None] | None = None
+        self._secret: bytes | None = None
         self.embedded_engine = False
         self.sharded = False
         self.engine = "unknown"
@@ -317,7 +320,7 @@ class Database:
 
     async def _declare_documents(self, database: Any) -> None:
         """Bind the documents to the database, and make their indexes where they are missing."""
-        documents = [ApiKey, AuditEntry, Conversation, Erasure, Message]
+        documents = [ApiKey, AuditEntry, Conversation, Erasure, Message, Secret]
         try:
             with pymongo.timeout(_INDEXES_TIMEOUT_S):
                 await init_beanie(database, document_models=documents, skip_indexes=not self._make_indexes)
@@ -570,6 +573,19 @@ class Database:
             if free < settings.disk_reserve_bytes:
                 raise StorageFull(f"{free} bytes are free, and {settings.disk_reserve_bytes} are kept.")
 
+    async def secret(self) -> bytes:
+        """Return the 32 random bytes that this deployment makes ids with, which no caller knows.
+
+        They are in the database, so that every process has the same, and a backup has them, too.
+        """
+        if self._secret is None:
+            try:
+                self._secret = await self.transaction(_find_or_make_secret)
+            except DuplicateKeyError:
+                # Another process has just made it. This transaction began later, so it finds it.
+                self._secret = await self.transaction(_find_or_make_secret)
+        return self._secret
+
     # -- messages as bytes -------------------------------------------------------------------------
 
     async def read(
@@ -632,6 +648,15 @@ class Database:
             if any(each.get("code") == 11000 for each in error.details.get("writeErrors", [])):
                 raise DuplicateKeyError(str(error), 11000, error.details) from error
             raise
+
+
+async def _find_or_make_secret(transaction: Transaction) -> bytes:
+    """Return the secret, which is made if it is not there; either is certain once the transaction commits."""
+    found = await Secret.find_one({"_id": _FOR_IDS}, session=transaction.session)
+    if found is None:
+        found = Secret(id=_FOR_IDS, value=secrets.token_bytes(32))
+        await found.insert(session=transaction.session)
+    return found.value
 
 
 class _Timed(monitoring.CommandListener):

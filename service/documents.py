@@ -182,5 +182,17 @@ class Erasure(Document):
         name = "erasures"
 
 
+class Secret(Document):
+    """A secret that all processes of a deployment share; the first that needs it makes it."""
+
+    id: str  # type: ignore[assignment]  # what it is for
+    value: bytes
+
+    class Settings:
+        """Beanie's settings of the collection; a secret is looked up by its `_id`."""
+
+        name = "secrets"
+
+
 # What only the service sets in a message. `_id` and `_exact_bson` are how it stores one.
 OWNED_FIELDS = ("conversation_id", "user_id", "seq", "created_at", "_id", "_exact_bson")

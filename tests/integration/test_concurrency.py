@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import Any
 
 import httpx
@@ -165,3 +166,49 @@ async def test_an_append_and_a_cut_off_agree_on_the_count(service: Service, seco
             assert about["message_count"] == len(left)
             assert [each["seq"] for each in left[:2]] == [1, 2]
             assert left[-1]["seq"] <= about["last_seq"]
+
+
+async def test_a_refused_caller_neither_waits_for_the_owner_nor_keeps_the_owner_waiting(
+    service: Service,
+) -> None:
+    """Whoever waits can tell by the wait that the conversation is there; whoever is waited for does harm."""
+    busy = new_id()
+    async with service.async_client() as client:
+        await client.post("/conversations", json={"user_id": "ada", "id": busy})
+        path = f"/conversations/{busy}/messages"
+        body = {"messages": [{"role": "user", "content": "x"} for _ in range(50)]}
+        queue = [asyncio.create_task(client.post(f"{path}?user_id=ada", json=body)) for _ in range(30)]
+        await asyncio.wait(queue, return_when=asyncio.FIRST_COMPLETED)
+        refused = [
+            asyncio.create_task(client.request(method, f"/conversations/{busy}{rest}?user_id=bob", json=sent))
+            for method, rest, sent in (
+                ("POST", "/pop", None),
+                ("POST", "/messages", {"role": "user", "content": "no"}),
+                ("PATCH", "", {"title": "no"}),
+                ("DELETE", "/messages/m", None),
+                ("DELETE", "", None),
+            )
+        ]
+        answers = await asyncio.gather(*refused)
+        waiting = sum(not each.done() for each in queue)
+        assert [each.status_code for each in answers] == [404] * len(answers)
+        assert waiting > len(queue) // 4, "the refused callers waited until nearly all appends were done"
+        assert {each.status_code for each in await asyncio.gather(*queue)} == {201}
+        assert len((await client.get(path, params={"limit": 1})).json()["data"]) == 1
+
+
+async def test_nobody_can_compute_or_take_the_id_that_anothers_key_stands_for(
+    service: Service, second_service: Service
+) -> None:
+    """The id is the same in every process, and its digest needs more than the user's name and the key."""
+    key = new_id("turn")
+    async with service.async_client() as one, second_service.async_client() as two:
+        sent = {"headers": {"Idempotency-Key": key, "X-User-Id": "ada"}, "json": {}}
+        made = (await one.post("/v1/conversations", **sent)).json()["id"]
+        assert (await two.post("/v1/conversations", **sent)).json()["id"] == made
+        guesses = [f"ada/{key}", f"/ada/{key}", key, f"ada{key}"]
+        for guess in guesses:
+            digest = hashlib.sha256(guess.encode()).hexdigest()
+            assert made != f"conv_{digest[:32]}"
+        other = await one.post("/v1/conversations", headers={**sent["headers"], "X-User-Id": "bob"}, json={})
+        assert other.json()["id"] != made

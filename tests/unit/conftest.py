@@ -30,6 +30,9 @@ class MockDatabase(Database):
     def require_room(self) -> None:
         """There is always room in memory."""
 
+    async def secret(self) -> bytes:
+        return b"the same in every test"
+
     @contextlib.asynccontextmanager
     async def call(self) -> AsyncIterator[None]:
         yield
