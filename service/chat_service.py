@@ -33,6 +33,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unpack
 from weakref import WeakValueDictionary
 
@@ -53,6 +54,7 @@ from service.documents import (
     Title,
 )
 from service.errors import (
+    FAULTS_MAX,
     ConversationIdTaken,
     ConversationNotFound,
     DatabaseUnavailable,
@@ -91,10 +93,20 @@ UNSET: Any = object()
 
 @dataclass(frozen=True)
 class Appended:
-    """The stored messages, in order, and whether an earlier request had stored them."""
+    """The stored messages as BSON, in order, and whether an earlier request had stored them."""
 
-    messages: list[Json]
+    documents: list[bytes]
     replayed: bool
+
+    @property
+    def messages(self) -> list[Json]:
+        """The messages as callers see them, decoded at each call."""
+        return _all_public(self.documents)
+
+    @property
+    def size(self) -> int:
+        """How many bytes they are, as `payloads.beside` asks."""
+        return sum(map(len, self.documents))
 
 
 @dataclass(frozen=True)
@@ -192,8 +204,11 @@ class Naming:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """What one append brings; `follower` ends the id that a longer batch of its key would go on with."""
+class Batch:
+    """What one append brings, checked and encoded.
+
+    `follower` ends the id that a longer batch of its key would go on with.
+    """
 
     messages: list[_NewMessage]
     follower: str | None
@@ -301,7 +316,7 @@ class ChatService:
             raise ConversationIdTaken(f"The id {own_id(wanted.id)} is not free; choose another.")
         return found
 
-    async def _create(self, wanted: Conversation, batch: _Batch | None = None) -> tuple[Conversation, bool]:
+    async def _create(self, wanted: Conversation, batch: Batch | None = None) -> tuple[Conversation, bool]:
         """Insert a conversation with its first messages; or return what stands there, if it is the same."""
         key, owner = Key(wanted.id), Owner(wanted.user_id)
 
@@ -331,12 +346,12 @@ class ChatService:
         *,
         metadata: Json | None = None,
         idempotency_key: str | None = None,
-        prefixes: Sequence[str] | None = None,
-        field: str = "messages",
+        batch: Batch | None = None,
     ) -> Conversation:
         """Create a conversation with its first messages: all of it commits together, or nothing.
 
-        With a key the request may be repeated, and returns the conversation that it made first. Raises what
+        They are given as they are, or as the `batch` that `batch_of` made of them. With a key the request
+        may be repeated, and returns the conversation that it made first. Raises what
         `add_messages` raises, IdempotencyConflict where the key made one with other messages.
         """
         self._database.require_room()
@@ -344,10 +359,8 @@ class ChatService:
         user_id = self._scope.user_id or user_id
         by_key = f"conv_{_digest(f'{user_id}/{idempotency_key}')}" if idempotency_key is not None else None
         wanted = self._new_conversation(by_key, user_id, None, metadata)
-        batch = None
         if messages:
-            naming = Naming(idempotency_key, prefixes)
-            batch = self._incoming(messages, self._places(messages, field), naming)
+            batch = self.batch_of(messages, idempotency_key=idempotency_key)
         conversation, _ = await self._create(wanted, batch)
         return _shown(conversation)
 
@@ -512,7 +525,9 @@ class ChatService:
         idempotency_key: str | None = None,
     ) -> Appended:
         """Append one message; see `add_messages`, whose errors then begin at the message itself."""
-        return await self._append(conversation_id, [message], [()], user_id, Naming(idempotency_key))
+        self._database.require_room()
+        batch = self.batch_of([message], idempotency_key=idempotency_key, field=None)
+        return await self.append(conversation_id, batch, user_id)
 
     async def add_messages(
         self,
@@ -521,19 +536,32 @@ class ChatService:
         user_id: str | None = None,
         *,
         idempotency_key: str | None = None,
-        prefixes: Sequence[str] | None = None,
-        field: str = "messages",
     ) -> Appended:
         """Append a batch, whole or not at all, and return what is stored.
 
         A message has a `role` and whatever else JSON can say; its `id` may be the caller's own. A request
-        with a key or with ids may be repeated: it is stored once, and `replayed` then says so. `prefixes`
-        are those of `Naming`; `field` is what the caller's request calls the batch. Raises
+        with a key or with ids may be repeated: it is stored once, and `replayed` then says so. Raises
         ConversationNotFound, InvalidRequest (with the path of each fault) and IdempotencyConflict.
         """
-        places = self._places(messages, field)
-        naming = Naming(idempotency_key, prefixes)
-        return await self._append(conversation_id, messages, places, user_id, naming)
+        self._database.require_room()
+        batch = self.batch_of(messages, idempotency_key=idempotency_key)
+        return await self.append(conversation_id, batch, user_id)
+
+    def batch_of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        prefixes: Sequence[str] | None = None,
+        field: str | None = "messages",
+    ) -> Batch:
+        """Check messages, name and encode them, for `append`. It waits for nothing, so a thread may do it.
+
+        `prefixes` are those of `Naming`; `field` is what the caller's request calls the batch, and None
+        where the request is the one message. Raises InvalidRequest, with the path of each fault.
+        """
+        places = [()] if field is None else self._places(messages, field)
+        return self._incoming(messages, places, Naming(idempotency_key, prefixes))
 
     def _places(self, messages: Sequence[Any], field: str) -> list[Path]:
         """Return the path of each message of a batch, which is neither empty nor too long."""
@@ -542,17 +570,10 @@ class ChatService:
             raise _invalid((field,), f"must have 1 to {most} {field}, and has {len(messages)}")
         return [(field, index) for index in range(len(messages))]
 
-    async def _append(
-        self,
-        conversation_id: str,
-        messages: Sequence[Mapping[str, Any]],
-        places: Sequence[Path],
-        user_id: str | None,
-        naming: Naming,
-    ) -> Appended:
+    async def append(self, conversation_id: str, batch: Batch, user_id: str | None = None) -> Appended:
+        """Append what `batch_of` made; see `add_messages`."""
         self._database.require_room()
         async with self._database.call():
-            batch = self._incoming(messages, places, naming)
             key, owner = self._named(conversation_id, user_id)
             transaction = Transaction()
             try:
@@ -570,15 +591,15 @@ class ChatService:
 
     def _incoming(
         self, messages: Sequence[Mapping[str, Any]], places: Sequence[Path], naming: Naming
-    ) -> _Batch:
+    ) -> Batch:
         """Check every message, name it, and encode it; nothing is stored unless all of them pass."""
         key_alone = naming.key is not None and naming.prefixes is None
-        faults = [
+        found = (
             fault
             for each, at in zip(messages, places, strict=True)
             for fault in _faults(each, at, key_alone=key_alone)
-        ]
-        if faults:
+        )
+        if faults := list(islice(found, FAULTS_MAX + 1)):
             raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults)
         ids, follower = message_ids(messages, naming)
         _refuse_repeated(ids, places)
@@ -590,9 +611,9 @@ class ChatService:
             )
             for message, at in zip(messages, places, strict=True)
         ]
-        return _Batch(list(map(_NewMessage, ids, encoded)), follower)
+        return Batch(list(map(_NewMessage, ids, encoded)), follower)
 
-    async def _store(self, owned: Json, batch: _Batch, transaction: Transaction) -> list[Json]:
+    async def _store(self, owned: Json, batch: Batch, transaction: Transaction) -> list[bytes]:
         """Take the next seqs and insert: the counters and the messages commit together, or neither."""
         count = len(batch.messages)
         taken = {"$inc": {"last_seq": count, "message_count": count}}
@@ -603,9 +624,9 @@ class ChatService:
             for seq, message in enumerate(batch.messages, first)
         ]
         await self._database.insert(Message, documents, transaction.session)
-        return _all_public(documents)
+        return documents
 
-    async def _stored_before(self, key: Key, owner: Owner | None, batch: _Batch) -> list[Json]:
+    async def _stored_before(self, key: Key, owner: Owner | None, batch: Batch) -> list[bytes]:
         """Return what an earlier request stored under these ids, if it was this very request."""
         await self._conversation(key, owner)
         first = await self._message(key, batch.messages[0].id)
@@ -613,19 +634,9 @@ class ChatService:
             raise IdempotencyConflict("Some of these messages are stored already, and some are not.")
         low, count = first["seq"] - 1, len(batch.messages)
         span = Span(key, low, low + count + 1)
-        found = _all_public(await self._database.read(Message, span.query(), sort=_ASC))
-        stored = found[:count]
-        if [each["id"] for each in stored] != batch.ids:
-            raise IdempotencyConflict(
-                "This key or these ids stand for a batch of other messages, or some of it was deleted."
-            )
-        # A batch stands together, so one that was longer goes on with the very next message.
-        if batch.follower and found[count:] and found[count]["id"].partition("_")[2] == batch.follower:
-            raise IdempotencyConflict("This key stands for a longer batch.")
-        for message, before in zip(batch.messages, stored, strict=True):
-            if not payloads.same(_fields(before), payloads.decode(message.fields)):
-                raise IdempotencyConflict(f"The message {message.id} is stored with other content.")
-        return stored
+        documents = await self._database.read(Message, span.query(), sort=_ASC)
+        await payloads.beside(sum(map(len, documents)), lambda: _require_same(batch, documents))
+        return documents[:count]
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -710,8 +721,10 @@ class ChatService:
             low = await self._last_seq_before(conversation, times.whole_ms(since))
             span = span.between(low, span.high)
         if (until := filters.get("until")) is not None:
-            just_after = times.whole_ms(until) + timedelta(milliseconds=1)
-            span = span.between(span.low, await self._last_seq_before(conversation, just_after))
+            last = times.whole_ms(until)
+            if last < conversation.updated_at:  # else no message is newer
+                just_after = last + timedelta(milliseconds=1)
+                span = span.between(span.low, await self._last_seq_before(conversation, just_after))
         return span
 
     async def _last_seq_before(self, conversation: Conversation, time: datetime) -> int:
@@ -999,6 +1012,22 @@ def _refuse_repeated(ids: Sequence[str], places: Sequence[Path]) -> None:
         seen.add(message_id)
 
 
+def _require_same(batch: Batch, documents: Sequence[bytes]) -> None:
+    """Raise IdempotencyConflict unless the documents are this very batch, and at most one more behind it."""
+    found, count = _all_public(documents), len(batch.messages)
+    stored = found[:count]
+    if [each["id"] for each in stored] != batch.ids:
+        raise IdempotencyConflict(
+            "This key or these ids stand for a batch of other messages, or some of it was deleted."
+        )
+    # A batch stands together, so one that was longer goes on with the very next message.
+    if batch.follower and found[count:] and found[count]["id"].partition("_")[2] == batch.follower:
+        raise IdempotencyConflict("This key stands for a longer batch.")
+    for message, before in zip(batch.messages, stored, strict=True):
+        if not payloads.same(_fields(before), payloads.decode(message.fields)):
+            raise IdempotencyConflict(f"The message {message.id} is stored with other content.")
+
+
 def _faults(message: Any, at: Path, *, key_alone: bool) -> list[Fault]:
     """Return what is wrong with a message's own fields; what BSON cannot hold is `payloads`' matter."""
     if not isinstance(message, dict):
@@ -1016,10 +1045,25 @@ def _faults(message: Any, at: Path, *, key_alone: bool) -> list[Fault]:
     if "id" in message and not is_id(message["id"]):
         faults.append(Fault(payloads.json_path((*at, "id")), _ID_RULE))
     try:
-        MessageFields.model_validate(message)
+        MessageFields.model_validate(_outline(message))
     except ValidationError as error:
         faults += faults_of(error, at)
     return faults
+
+
+def _outline(message: Json) -> Json:
+    """Return what a message's model judges: the fields that it knows, without what is inside of them."""
+    return {name: _emptied(message[name]) for name in MessageFields.model_fields if name in message}
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, dict | list):
+        return type(value)()
+    return "" if isinstance(value, str) and len(value) > _OUTLINE_CHARS else value
+
+
+# Longer than any role, and short enough to be looked at as it is.
+_OUTLINE_CHARS = 100
 
 
 def incoming_fault(message: Json) -> Fault | None:

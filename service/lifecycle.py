@@ -15,7 +15,7 @@ import copy
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Annotated, Any
 
 import bson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,7 +25,7 @@ from pymongo.errors import DuplicateKeyError
 from service import payloads
 from service.chat_service import ChatService, ListPosition, Span, faults_of, incoming_fault, public
 from service.database import Database, Transaction
-from service.documents import NOBODY, Conversation, Erasure, Id, Message, Seq, Title
+from service.documents import NOBODY, Conversation, Erasure, Id, Message, Seq, Time, Title, in_utc
 from service.errors import ConversationIdTaken, ConversationNotFound, Fault, InvalidRequest
 from service.scopes import Key, Owner, Scope, message_key, own_id
 from service.settings import Settings
@@ -39,6 +39,7 @@ _IMPORT_BYTES = 8 * 1024 * 1024
 # An erasure that has removed nothing for so long was interrupted.
 _IDLE = timedelta(minutes=10)
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Receipt:
 
     conversations: int
     messages: int
+
+
+_Time = Annotated[Time, Field(strict=False)]
 
 
 class ImportedConversation(BaseModel):
@@ -58,11 +62,11 @@ class ImportedConversation(BaseModel):
     user_id: Id
     title: Title | None
     metadata: dict[str, Any]
-    created_at: datetime = Field(strict=False)
-    updated_at: datetime = Field(strict=False)
+    created_at: _Time
+    updated_at: _Time
     last_seq: Seq
     message_count: Seq
-    expires_at: datetime | None = Field(None, strict=False)
+    expires_at: _Time | None = None
 
 
 class Lifecycle:
@@ -308,7 +312,7 @@ class Lifecycle:
 
     async def _page_of(self, field: str, until: datetime, last: Conversation | None) -> list[Conversation]:
         """Read a page along an index, after the last of the page before: first those of its very time."""
-        windows: list[Json] = [{field: {"$gt": _BEGINNING, "$lt": until}}]
+        windows: list[Json] = [{field: {"$gte": _EARLIEST, "$lt": until}}]
         if last is not None:
             time = getattr(last, field)
             windows = [{field: time, "_id": {"$gt": last.id}}, {field: {"$gt": time, "$lt": until}}]
@@ -351,9 +355,6 @@ def _checked(conversation: Json) -> ImportedConversation:
     except ValidationError as error:
         faults = faults_of(error, ())
         raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults) from error
-    times = (about.created_at, about.updated_at, about.expires_at)
-    if any(time is not None and time.tzinfo is None for time in times):
-        raise _fault("created_at", "a time must say its zone")
     return about
 
 
@@ -366,7 +367,9 @@ def _batches(
     for message in messages:
         seq, time = message.get("seq"), _time_of(message)
         if not isinstance(seq, int) or isinstance(seq, bool) or not last_seq < seq <= about.last_seq:
-            raise _fault("seq", f"must grow, from 1 to the conversation's last_seq, and is {seq!r}")
+            raise _fault(
+                "seq", f"must grow, from 1 to the conversation's last_seq, and is {payloads.cut(repr(seq))}"
+            )
         if time < last_time:
             raise _fault("created_at", f"runs backwards at seq {seq}")
         if message.get("conversation_id") != about.id or message.get("user_id") != about.user_id:
@@ -400,11 +403,11 @@ def _stored(message: Json, key: Key, owner: Owner, time: datetime, *, exact: boo
 def _time_of(message: Json) -> datetime:
     try:
         time = datetime.fromisoformat(message["created_at"])
+        if time.tzinfo is not None:
+            return in_utc(time)
     except (KeyError, TypeError, ValueError) as error:
         raise _fault("created_at", "must be a time") from error
-    if time.tzinfo is None:
-        raise _fault("created_at", "must say its zone")
-    return time
+    raise _fault("created_at", "must say its zone")
 
 
 def _equal(stored: Json | None, given: Json) -> bool:

@@ -11,6 +11,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 # MongoDB's own limit of one document, less what the service's fields may take (five of them, three
 # of which hold ids of at most 128 characters).
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024 - 1024
+# The largest body of a call that takes a few fields and metadata, but no messages.
+SMALL_BODY_BYTES_MAX = 1024 * 1024
+# How many times CHAT_BODY_BYTES_MAX the values of one body may take in memory once they are parsed.
+PARSED_TIMES_MAX = 3
 # MongoDB nests 100 levels; the message, its list and the driver's command take a few of them.
 JSON_LEVELS_MAX = 90
 # How many messages one transaction deletes. MongoDB advises about 1,000 documents a transaction.

@@ -9,11 +9,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+)
 from starlette.responses import Response, StreamingResponse
 
-from service.chat_service import ConversationList, History, ListPosition
-from service.documents import Conversation, Id, MessageFields, Seq, Title
+from service.chat_service import ConversationList, History, ListPosition, is_id
+from service.documents import Conversation, Id, MessageFields, Seq, Time, Title
 from service.errors import Fault, InvalidRequest
 from service.roles import Role
 
@@ -47,9 +54,7 @@ def _text(value: Any) -> Any:
 
 
 # A body is read strictly, but JSON has no times: theirs come as text.
-Expiry = Annotated[
-    AwareDatetime, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)
-]
+Expiry = Annotated[Time, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)]
 
 
 class _Closed(BaseModel):
@@ -63,7 +68,9 @@ class NewConversation(_Closed):
     id: Id | None = Field(None, description="An id of your own; without it a new one is made.")
     title: Title | None = None
     metadata: dict[str, Any] | None = None
-    expires_at: Expiry | None = Field(None, description="From then on it is removed, with its messages.")
+    expires_at: Expiry | None = Field(
+        None, description="From then on it is removed, with its messages; soon, where that is past already."
+    )
 
 
 class ConversationChanges(_Closed):
@@ -195,8 +202,8 @@ class HistoryQuery(OwnerQuery):
         None, description="The newest so many, oldest first; not with limit or order."
     )
     order: Literal["asc", "desc"] | None = None
-    since: AwareDatetime | None = Field(None, description="From this time on, it included.")
-    until: AwareDatetime | None = Field(None, description="Up to this time, it included.")
+    since: Time | None = Field(None, description="From this time on, it included.")
+    until: Time | None = Field(None, description="Up to this time, it included.")
     role: Role | None = None
 
 
@@ -265,15 +272,18 @@ def cursor(position: ListPosition) -> str:
     return base64.urlsafe_b64encode(f"{ms}:{position.conversation_id}".encode()).decode().rstrip("=")
 
 
-def position(cursor: str) -> ListPosition:
+def position(given: str) -> ListPosition:
     """Read a cursor back. Raises InvalidRequest for any that this service did not write."""
     try:
-        text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode()
+        text = base64.b64decode(given + "=" * (-len(given) % 4), b"-_", validate=True).decode()
         ms, _, conversation_id = text.partition(":")
-        updated_at = _EPOCH + timedelta(milliseconds=int(ms))
+        found = ListPosition(_EPOCH + timedelta(milliseconds=int(ms)), conversation_id)
     except (binascii.Error, ValueError, OverflowError) as error:
         raise _not_a_cursor() from error
-    return ListPosition(updated_at, conversation_id)
+    # What is read is only a cursor of ours if it is written in the same way.
+    if not is_id(conversation_id) or cursor(found) != given:
+        raise _not_a_cursor()
+    return found
 
 
 def _not_a_cursor() -> InvalidRequest:
