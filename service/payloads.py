@@ -429,9 +429,11 @@ def split(documents: bytes) -> Iterator[bytes]:
 
 
 def decode_all(documents: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Decode stored documents as `decode` does, all at once where none of them needs its care."""
-    together = b"".join(documents)
-    if b"$ref" in together:
+    """Decode stored documents as `decode` does, all at once where none of them needs its care.
+
+    Large ones are decoded one by one, because each call holds up all threads.
+    """
+    if sum(map(len, documents)) > _LARGE_BYTES or b"$ref" in (together := b"".join(documents)):
         return [decode(raw) for raw in documents]
     return bson.decode_all(together, _DATES_IN_UTC)
 

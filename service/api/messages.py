@@ -73,6 +73,7 @@ async def append(
 
     batch, one = await bodies.read(request, made)
     appended = await chat.append(conversation_id, batch, owner.user_id)
+    del batch  # it may be large, and so may the answer be
     return await payloads.beside(appended.size, lambda: _answer(appended, one=one))
 
 

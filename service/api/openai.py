@@ -229,6 +229,7 @@ async def create_items(
 
     batch = await bodies.read(request, made)
     appended = await chat.append(conversation_id, batch, user)
+    del batch  # it may be large, and so may the answer be
     return await payloads.beside(appended.size, lambda: _items(appended))
 
 
