@@ -1053,15 +1053,19 @@ def _faults(message: Any, at: Path, *, key_alone: bool) -> list[Fault]:
 
 def _outline(message: Json) -> Json:
     """Return what a message's model judges: the fields that it knows, without what is inside of them."""
-    return {name: _emptied(message[name]) for name in MessageFields.model_fields if name in message}
+    outline: Json = {}
+    for name in _FIELDS:
+        if name in message:
+            value = message[name]
+            kind = type(value)
+            if kind is str:
+                outline[name] = value if len(value) <= _OUTLINE_CHARS else ""
+            else:
+                outline[name] = kind() if kind is list or kind is dict else value
+    return outline
 
 
-def _emptied(value: Any) -> Any:
-    if isinstance(value, dict | list):
-        return type(value)()
-    return "" if isinstance(value, str) and len(value) > _OUTLINE_CHARS else value
-
-
+_FIELDS = tuple(MessageFields.model_fields)
 # Longer than any role, and short enough to be looked at as it is.
 _OUTLINE_CHARS = 100
 

@@ -66,11 +66,13 @@ def query(model: type[M], ignored: frozenset[str] = frozenset()) -> Any:
 
 
 def _reader(model: type[M], ignored: frozenset[str]) -> Callable[[Request], Coroutine[Any, Any, M]]:
+    known = tuple(model.model_fields)
+
     async def read(request: Request) -> M:
         given = [each for each in request.query_params.multi_items() if each[0] not in ignored]
         asked = dict(given)
-        if len(given) > len(asked) or len(given) > len(model.model_fields):
-            raise _crowded(Counter(name for name, _ in given), tuple(model.model_fields))
+        if len(given) > len(asked) or len(given) > len(known):
+            raise _crowded(Counter(name for name, _ in given), known)
         try:
             return model.model_validate(asked)
         except ValidationError as error:
