@@ -147,7 +147,9 @@ def create_key(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
     scope: Annotated[list[str], typer.Option(help="read, write or admin; may be said several times.")],
     tenant: Annotated[str, typer.Option(help="The one tenant whose data it reaches.")] = "",
-    days: Annotated[int | None, typer.Option(min=1, help="After so many days it expires.")] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=36_500, help="After so many days it expires.")
+    ] = None,
 ) -> None:
     """Make a key and print it, once: only a hash of it is stored."""
     from datetime import UTC, datetime, timedelta

@@ -48,6 +48,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any, Concatenate, Literal, ParamSpec, TypedDict, TypeVar, Unpack
 from weakref import WeakValueDictionary
 
@@ -71,6 +72,7 @@ from service.documents import (
     Title,
 )
 from service.errors import (
+    FAULTS_MAX,
     BatchTooLarge,
     BrokenCounter,
     ChatHistoryError,
@@ -120,10 +122,20 @@ UNSET: Any = object()
 
 @dataclass(frozen=True)
 class Appended:
-    """The stored messages, in order, and whether an earlier request had stored them."""
+    """The stored messages as BSON, in order, and whether an earlier request had stored them."""
 
-    messages: list[Json]
+    documents: list[bytes]
     replayed: bool
+
+    @property
+    def messages(self) -> list[Json]:
+        """The messages as callers see them, decoded at each call."""
+        return _all_public(self.documents)
+
+    @property
+    def size(self) -> int:
+        """How many bytes they are, as `payloads.beside` asks."""
+        return sum(map(len, self.documents))
 
 
 @dataclass(frozen=True)
@@ -227,8 +239,11 @@ class Naming:
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """What one append brings; `follower` ends the id that a longer batch of its key would go on with."""
+class Batch:
+    """What one append brings, checked and encoded.
+
+    `follower` ends the id that a longer batch of its key would go on with.
+    """
 
     messages: list[_NewMessage]
     follower: str | None
@@ -335,7 +350,7 @@ class ChatService:
         found = await Conversation.find_one({"_id": wanted.id})
         return found if found is not None and found.user_id == wanted.user_id else None
 
-    async def _create(self, wanted: Conversation, batch: _Batch | None = None) -> tuple[Conversation, bool]:
+    async def _create(self, wanted: Conversation, batch: Batch | None = None) -> tuple[Conversation, bool]:
         """Insert a conversation with its first messages; or return what stands there, if it is the same."""
         key, owner = Key(wanted.id), Owner(wanted.user_id)
 
@@ -365,7 +380,7 @@ class ChatService:
             pause_s = min(2 * pause_s, _PAUSE_S_MAX)
 
     async def _taken_id(
-        self, wanted: Conversation, batch: _Batch | None, transaction: Transaction
+        self, wanted: Conversation, batch: Batch | None, transaction: Transaction
     ) -> Conversation | None:
         """Look what stands under an id that was just taken, in a transaction, where the conflict was seen.
 
@@ -393,12 +408,12 @@ class ChatService:
         *,
         metadata: Json | None = None,
         idempotency_key: str | None = None,
-        prefixes: Sequence[str] | None = None,
-        field: str = "messages",
+        batch: Batch | None = None,
     ) -> Conversation:
         """Create a conversation with its first messages: all of it commits together, or nothing.
 
-        With a key the request may be repeated, and returns the conversation that it made first. Raises what
+        They are given as they are, or as the `batch` that `batch_of` made of them. With a key the request
+        may be repeated, and returns the conversation that it made first. Raises what
         `add_messages` raises, IdempotencyConflict where the key made one with other messages.
         """
         self._database.require_room()
@@ -407,10 +422,8 @@ class ChatService:
         if idempotency_key is not None:
             by_key = await self._id_by_key(self._scope.owner_of(user_id), idempotency_key)
         wanted = self._new_conversation(by_key, user_id, None, metadata)
-        batch = None
         if messages:
-            naming = Naming(idempotency_key, prefixes)
-            batch = self._incoming(messages, self._places(messages, field), naming)
+            batch = self.batch_of(messages, idempotency_key=idempotency_key)
         conversation, _ = await self._create(wanted, batch)
         return _shown(conversation)
 
@@ -647,7 +660,9 @@ class ChatService:
         idempotency_key: str | None = None,
     ) -> Appended:
         """Append one message; see `add_messages`, whose errors then begin at the message itself."""
-        return await self._append(conversation_id, [message], [()], user_id, Naming(idempotency_key))
+        self._database.require_room()
+        batch = self.batch_of([message], idempotency_key=idempotency_key, field=None)
+        return await self.append(conversation_id, batch, user_id)
 
     async def add_messages(
         self,
@@ -656,19 +671,32 @@ class ChatService:
         user_id: str | None = None,
         *,
         idempotency_key: str | None = None,
-        prefixes: Sequence[str] | None = None,
-        field: str = "messages",
     ) -> Appended:
         """Append a batch, whole or not at all, and return what is stored.
 
         A message has a `role` and whatever else JSON can say; its `id` may be the caller's own. A request
-        with a key or with ids may be repeated: it is stored once, and `replayed` then says so. `prefixes`
-        are those of `Naming`; `field` is what the caller's request calls the batch. Raises
+        with a key or with ids may be repeated: it is stored once, and `replayed` then says so. Raises
         ConversationNotFound, InvalidRequest (with the path of each fault) and IdempotencyConflict.
         """
-        places = self._places(messages, field)
-        naming = Naming(idempotency_key, prefixes)
-        return await self._append(conversation_id, messages, places, user_id, naming)
+        self._database.require_room()
+        batch = self.batch_of(messages, idempotency_key=idempotency_key)
+        return await self.append(conversation_id, batch, user_id)
+
+    def batch_of(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        idempotency_key: str | None = None,
+        prefixes: Sequence[str] | None = None,
+        field: str | None = "messages",
+    ) -> Batch:
+        """Check messages, name and encode them, for `append`. It waits for nothing, so a thread may do it.
+
+        `prefixes` are those of `Naming`; `field` is what the caller's request calls the batch, and None
+        where the request is the one message. Raises InvalidRequest, with the path of each fault.
+        """
+        places = [()] if field is None else self._places(messages, field)
+        return self._incoming(messages, places, Naming(idempotency_key, prefixes))
 
     def _places(self, messages: Sequence[Any], field: str) -> list[Path]:
         """Return the path of each message of a batch, which is neither empty nor too long."""
@@ -677,17 +705,10 @@ class ChatService:
             raise _invalid((field,), f"must have 1 to {most} {field}, and has {len(messages)}")
         return [(field, index) for index in range(len(messages))]
 
-    async def _append(
-        self,
-        conversation_id: str,
-        messages: Sequence[Mapping[str, Any]],
-        places: Sequence[Path],
-        user_id: str | None,
-        naming: Naming,
-    ) -> Appended:
+    async def append(self, conversation_id: str, batch: Batch, user_id: str | None = None) -> Appended:
+        """Append what `batch_of` made; see `add_messages`."""
         self._database.require_room()
         async with self._database.call():
-            batch = self._incoming(messages, places, naming)
             key, owner = self._named(conversation_id, user_id)
             stored, replayed = await self._store_once(key, owner, batch)
         metrics.count("replays" if replayed else "appends")
@@ -695,7 +716,7 @@ class ChatService:
             metrics.count("messages_appended", len(stored))
         return Appended(stored, replayed)
 
-    async def _store_once(self, key: Key, owner: Owner | None, batch: _Batch) -> tuple[list[Json], bool]:
+    async def _store_once(self, key: Key, owner: Owner | None, batch: Batch) -> tuple[list[bytes], bool]:
         """Store a batch, or return what an earlier request stored and True."""
         transaction, pause_s = Transaction(), _PAUSE_S
         store = functools.partial(self._store, _owned(key, owner), batch)
@@ -715,15 +736,15 @@ class ChatService:
 
     def _incoming(
         self, messages: Sequence[Mapping[str, Any]], places: Sequence[Path], naming: Naming
-    ) -> _Batch:
+    ) -> Batch:
         """Check every message, name it, and encode it; nothing is stored unless all of them pass."""
         key_alone = naming.key is not None and naming.prefixes is None
-        faults = [
+        found = (
             fault
             for each, at in zip(messages, places, strict=True)
             for fault in _faults(each, at, key_alone=key_alone)
-        ]
-        if faults:
+        )
+        if faults := list(islice(found, FAULTS_MAX + 1)):
             raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults)
         ids, follower = message_ids(messages, naming)
         _refuse_repeated(ids, places)
@@ -735,9 +756,9 @@ class ChatService:
             )
             for message, at in zip(messages, places, strict=True)
         ]
-        return _Batch(list(map(_NewMessage, ids, encoded)), follower)
+        return Batch(list(map(_NewMessage, ids, encoded)), follower)
 
-    async def _store(self, owned: Json, batch: _Batch, transaction: Transaction) -> list[Json]:
+    async def _store(self, owned: Json, batch: Batch, transaction: Transaction) -> list[bytes]:
         """Take the next seqs and insert: the counters and the messages commit together, or neither."""
         count = len(batch.messages)
         taken = {"$inc": {"last_seq": count, "message_count": count}}
@@ -748,11 +769,11 @@ class ChatService:
             for seq, message in enumerate(batch.messages, first)
         ]
         await self._database.insert(Message, documents, transaction.session)
-        return _all_public(documents)
+        return documents
 
     async def _stored_before(
-        self, key: Key, owner: Owner | None, batch: _Batch, transaction: Transaction
-    ) -> list[Json] | None:
+        self, key: Key, owner: Owner | None, batch: Batch, transaction: Transaction
+    ) -> list[bytes] | None:
         """Return what an earlier request stored under these ids, if it was this very request, or None.
 
         It looks in a transaction, since the duplicate was seen in one: the message may be committed on the
@@ -772,19 +793,9 @@ class ChatService:
         low, count = first["seq"] - 1, len(batch.messages)
         span = Span(key, low, low + count + 1)
         session = transaction.session
-        found = _all_public(await self._database.read(Message, span.query(), sort=_ASC, session=session))
-        stored = found[:count]
-        if [each["id"] for each in stored] != batch.ids:
-            raise IdempotencyConflict(
-                "This key or these ids stand for a batch of other messages, or some of it was deleted."
-            )
-        # A batch stands together, so one that was longer goes on with the very next message.
-        if batch.follower and found[count:] and found[count]["id"].partition("_")[2] == batch.follower:
-            raise IdempotencyConflict("This key stands for a longer batch.")
-        for message, before in zip(batch.messages, stored, strict=True):
-            if not payloads.same(_fields(before), payloads.decode(message.fields)):
-                raise IdempotencyConflict(f"The message {message.id} is stored with other content.")
-        return stored
+        documents = await self._database.read(Message, span.query(), sort=_ASC, session=session)
+        await payloads.beside(sum(map(len, documents)), lambda: _require_same(batch, documents))
+        return documents[:count]
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -884,8 +895,10 @@ class ChatService:
             low = await self._last_seq_before(conversation, times.whole_ms(since))
             span = span.between(low, span.high)
         if (until := filters.get("until")) is not None:
-            just_after = times.whole_ms(until) + timedelta(milliseconds=1)
-            span = span.between(span.low, await self._last_seq_before(conversation, just_after))
+            last = times.whole_ms(until)
+            if last < conversation.updated_at:  # else no message is newer
+                just_after = last + timedelta(milliseconds=1)
+                span = span.between(span.low, await self._last_seq_before(conversation, just_after))
         return span
 
     async def _last_seq_before(self, conversation: Conversation, time: datetime) -> int:
@@ -1286,6 +1299,22 @@ def _refuse_repeated(ids: Sequence[str], places: Sequence[Path]) -> None:
         seen.add(message_id)
 
 
+def _require_same(batch: Batch, documents: Sequence[bytes]) -> None:
+    """Raise IdempotencyConflict unless the documents are this very batch, and at most one more behind it."""
+    found, count = _all_public(documents), len(batch.messages)
+    stored = found[:count]
+    if [each["id"] for each in stored] != batch.ids:
+        raise IdempotencyConflict(
+            "This key or these ids stand for a batch of other messages, or some of it was deleted."
+        )
+    # A batch stands together, so one that was longer goes on with the very next message.
+    if batch.follower and found[count:] and found[count]["id"].partition("_")[2] == batch.follower:
+        raise IdempotencyConflict("This key stands for a longer batch.")
+    for message, before in zip(batch.messages, stored, strict=True):
+        if not payloads.same(_fields(before), payloads.decode(message.fields)):
+            raise IdempotencyConflict(f"The message {message.id} is stored with other content.")
+
+
 def _faults(message: Any, at: Path, *, key_alone: bool) -> list[Fault]:
     """Return what is wrong with a message's own fields; what BSON cannot hold is `payloads`' matter."""
     if not isinstance(message, dict):
@@ -1303,10 +1332,29 @@ def _faults(message: Any, at: Path, *, key_alone: bool) -> list[Fault]:
     if "id" in message and not is_id(message["id"]):
         faults.append(Fault(payloads.json_path((*at, "id")), _ID_RULE))
     try:
-        MessageFields.model_validate(message)
+        MessageFields.model_validate(_outline(message))
     except ValidationError as error:
         faults += faults_of(error, at)
     return faults
+
+
+def _outline(message: Json) -> Json:
+    """Return what a message's model judges: the fields that it knows, without what is inside of them."""
+    outline: Json = {}
+    for name in _FIELDS:
+        if name in message:
+            value = message[name]
+            kind = type(value)
+            if kind is str:
+                outline[name] = value if len(value) <= _OUTLINE_CHARS else ""
+            else:
+                outline[name] = kind() if kind is list or kind is dict else value
+    return outline
+
+
+_FIELDS = tuple(MessageFields.model_fields)
+# Longer than any role, and short enough to be looked at as it is.
+_OUTLINE_CHARS = 100
 
 
 def incoming_fault(message: Json) -> Fault | None:

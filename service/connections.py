@@ -71,6 +71,13 @@ class PatientProtocol(HttpToolsProtocol):
         self.app = self.app_state["overloaded"] if crowded else self.config.loaded_app
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        """Take a piece of a body. Where pieces come faster than they are read, they are gathered in place."""
+        if self.cycle.body and not isinstance(self.cycle.body, bytearray):
+            # `bytes += bytes` copies all before it, and a piece may be one byte of a chunked body.
+            self.cycle.body = bytearray(self.cycle.body)
+        super().on_body(body)
+
     def on_response_complete(self) -> None:
         """Give a body that is not read any more, the answer being sent, a last time to end."""
         unread = self.cycle.more_body

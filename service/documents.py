@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, ClassVar, Literal
 
 from beanie import Document
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+)
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
 from service.roles import Role
@@ -24,6 +32,18 @@ Id = Annotated[
     AfterValidator(_not_a_path_step),
     WithJsonSchema({"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9._:@~-]{1,128}$"}),
 ]
+
+
+def in_utc(time: datetime) -> datetime:
+    """Return an aware time in UTC. Raises ValueError where it has no year from 1 to 9999 there."""
+    try:
+        return time.astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("must lie in the years 1 to 9999, in UTC") from error
+
+
+# A time in any zone that is one in UTC, too, since neither Python nor BSON's readers have any other.
+Time = Annotated[AwareDatetime, AfterValidator(in_utc)]
 Seq = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Title = Annotated[str, StringConstraints(max_length=1_000)]
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+# The most faults that one answer names, so that refusing costs less than accepting.
+FAULTS_MAX = 100
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -19,7 +22,8 @@ class ChatHistoryError(Exception):
     """The base of every error that this service raises on purpose.
 
     `status` is the HTTP status that the error means, `title` a sentence that never changes, `headers`
-    what belongs to such an answer, `detail` what happened this time, `faults` the places in the input.
+    what belongs to such an answer, `detail` what happened this time, `faults` the places in the input, of
+    which an error keeps the first FAULTS_MAX and says in `detail` that there are more.
     """
 
     status = 500
@@ -27,9 +31,11 @@ class ChatHistoryError(Exception):
     headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, detail: str = "", faults: Sequence[Fault] = ()) -> None:
+        if len(faults) > FAULTS_MAX:
+            detail = f"{detail} There are more faults; only the first {FAULTS_MAX} are listed.".strip()
         super().__init__(detail or self.title)
         self.detail = detail
-        self.faults = tuple(faults)
+        self.faults = tuple(faults[:FAULTS_MAX])
 
     @classmethod
     def slug(cls) -> str:
@@ -53,7 +59,7 @@ class MalformedBody(ChatHistoryError):
 
 
 class BodyTooLarge(ChatHistoryError):
-    """The body is larger than `CHAT_BODY_BYTES_MAX`."""
+    """The body is larger than its call allows, or is made of more values than the service parses at once."""
 
     status = 413
     title = "The body is too large"

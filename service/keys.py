@@ -34,6 +34,13 @@ _KNOWN_MOST = 10_000
 log = structlog.get_logger(__name__)
 
 
+class _Unknown:
+    """Stands for what was not looked up: None says that there is no such key."""
+
+
+_UNKNOWN = _Unknown()
+
+
 class Keys:
     """The keys in the database."""
 
@@ -121,8 +128,10 @@ class Keys:
         return key
 
     async def _look_up(self, key_id: str) -> ApiKey | None:
-        if key_id in self._known:
-            return self._known[key_id]
+        # Asked once: between two questions what is known may be too old to be known any more.
+        known = self._known.get(key_id, _UNKNOWN)
+        if not isinstance(known, _Unknown):
+            return known
         async with self._database.call():
             found = await self._database.read(ApiKey, {"_id": key_id}, limit=1)
         key = _loaded(found[0]) if found else None

@@ -37,7 +37,7 @@ from service.chat_service import (
     refuse_oversize,
 )
 from service.database import Database, Transaction
-from service.documents import IDLE, NOBODY, Conversation, Erasure, Id, Message, Title
+from service.documents import IDLE, NOBODY, Conversation, Erasure, Id, Message, Time, Title, in_utc
 from service.errors import (
     ConversationIdTaken,
     ConversationNotFound,
@@ -63,6 +63,7 @@ _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 _END = datetime(9999, 1, 1, tzinfo=UTC)
 # What decides whether a conversation is due, and what it counts; not its metadata, which may be large.
 _FIELDS_OF_EXPIRY = ("user_id", "created_at", "updated_at", "expires_at", "message_count")
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Receipt:
 
 # Every JSON parser holds this exactly, and behind it there is room for what is appended later.
 ImportedSeq = Annotated[int, Field(ge=0, le=2**53)]
+_Time = Annotated[Time, Field(strict=False)]
 
 
 class ImportedConversation(BaseModel):
@@ -86,11 +88,11 @@ class ImportedConversation(BaseModel):
     user_id: Id
     title: Title | None
     metadata: dict[str, Any]
-    created_at: datetime = Field(strict=False)
-    updated_at: datetime = Field(strict=False)
+    created_at: _Time
+    updated_at: _Time
     last_seq: ImportedSeq
     message_count: ImportedSeq
-    expires_at: datetime | None = Field(None, strict=False)
+    expires_at: _Time | None = None
 
 
 class Lifecycle:
@@ -444,7 +446,7 @@ class Lifecycle:
 
     async def _page_of(self, field: str, until: datetime, last: Json | None) -> list[bytes]:
         """Read a page along an index, after the last of the page before: first those of its very time."""
-        windows: list[Json] = [{field: {"$gt": _BEGINNING, "$lt": until}}]
+        windows: list[Json] = [{field: {"$gte": _EARLIEST, "$lt": until}}]
         if last is not None:
             time = last[field]
             windows = [{field: time, "_id": {"$gt": last["_id"]}}, {field: {"$gt": time, "$lt": until}}]
@@ -491,8 +493,6 @@ def _checked(conversation: Json) -> ImportedConversation:
         raise InvalidRequest(f"{faults[0].path}: {faults[0].message}.", faults) from error
     _check_time(about.created_at, "created_at")
     _check_time(about.updated_at, "updated_at")
-    if about.expires_at is not None and about.expires_at.tzinfo is None:
-        raise _fault("expires_at", "must say its zone")
     return about
 
 
@@ -512,7 +512,9 @@ def _batches(
     for message in messages:
         seq, time = message.get("seq"), _time_of(message)
         if not isinstance(seq, int) or isinstance(seq, bool) or not last_seq < seq <= about.last_seq:
-            raise _fault("seq", f"must grow, from 1 to the conversation's last_seq, and is {seq!r}")
+            raise _fault(
+                "seq", f"must grow, from 1 to the conversation's last_seq, and is {payloads.cut(repr(seq))}"
+            )
         if time < last_time:
             raise _fault("created_at", f"runs backwards at seq {seq}")
         if message.get("conversation_id") != about.id or message.get("user_id") != about.user_id:
@@ -546,6 +548,8 @@ def _stored(message: Json, key: Key, owner: Owner, time: datetime, *, exact: boo
 def _time_of(message: Json) -> datetime:
     try:
         time = datetime.fromisoformat(message["created_at"])
+        if time.tzinfo is not None:
+            time = in_utc(time)
     except (KeyError, TypeError, ValueError) as error:
         raise _fault("created_at", "must be a time") from error
     _check_time(time, "created_at")

@@ -16,40 +16,51 @@ values `encode` keeps a copy beside the native fields (`EXACT_COPY`), which `dec
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
 import bson
 from bson.binary import Binary
 from bson.codec_options import CodecOptions, DatetimeConversion
 
-from service.errors import Fault, InvalidRequest, MalformedBody
+from service.errors import BodyTooLarge, ChatHistoryError, Fault, InvalidRequest, MalformedBody
 from service.settings import JSON_LEVELS_MAX, KEY_DOTS_MAX, MESSAGE_BYTES_MAX
 
+T = TypeVar("T")
 Path = tuple[str | int, ...]
 _Found = tuple[list[str | int], str]
 
 # A field of our own in the stored document, present only where the embedded engine would reorder keys.
 EXACT_COPY = "_exact_bson"
 
+# More than any double needs when all its digits are written out.
+_NUMBER_CHARS = 2_000
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _PATH_KEY_CHARS = 80
+_PATH_CHARS = 1_000
 
 
 def json_path(path: Path) -> str:
-    """Render a path as JSON path: `$.messages[3].tool_calls["a.b"]`; long keys are cut."""
-    return "$" + "".join(_path_step(step) for step in path)
+    """Render a path as JSON path: `$.messages[3].tool_calls["a.b"]`; long keys and paths are cut."""
+    return cut("$" + "".join(_path_step(step) for step in path), _PATH_CHARS)
+
+
+def cut(text: str, most: int = _PATH_KEY_CHARS) -> str:
+    """Return the text, or its beginning, where an answer quotes what may be of any length."""
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def _path_step(step: str | int) -> str:
     if isinstance(step, int):
         return f"[{step}]"
-    if len(step) > _PATH_KEY_CHARS:
-        step = step[:_PATH_KEY_CHARS] + "…"
+    step = cut(step)
     return f".{step}" if _IDENTIFIER.match(step) else f"[{json.dumps(step)}]"
 
 
@@ -69,11 +80,12 @@ class UnholdableObject(dict[str, Any]):
     why = ""
 
 
-def parse(body: bytes) -> Any:
+def parse(body: bytes | bytearray) -> Any:
     """Parse a request body as strict JSON: UTF-8, no byte order mark, no NaN, no infinities.
 
     What is JSON but cannot be kept exactly (duplicate keys, huge numbers) stands in the result as a
-    marker, which `check` and `encode` refuse with its path. Raises MalformedBody for what is not JSON.
+    marker, which `check` and `encode` refuse with its path. A bytearray is emptied, to save its memory.
+    Raises MalformedBody for what is not JSON, InvalidRequest for what is nested too deep to be parsed.
     """
     if body.startswith(b"\xef\xbb\xbf"):
         raise MalformedBody("The body starts with a byte order mark; send UTF-8 without one.")
@@ -81,6 +93,8 @@ def parse(body: bytes) -> Any:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise MalformedBody(f"The body is not UTF-8 at byte {error.start}.") from error
+    if isinstance(body, bytearray):
+        body.clear()
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
@@ -109,6 +123,8 @@ def _integer(text: str) -> Any:
 
 
 def _float(text: str) -> Any:
+    if len(text) > _NUMBER_CHARS:
+        return _Unholdable(f"a number of more than {_NUMBER_CHARS} characters cannot be stored")
     value = float(text)
     if math.isinf(value):
         return _Unholdable("a number beyond the range of a double cannot be stored")
@@ -124,30 +140,142 @@ def _constant(text: str) -> Any:
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object, parse_int=_integer, parse_float=_float, parse_constant=_constant
 )
-_LEXEME = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]', re.DOTALL)
+_STRUCTURE = re.compile(r'["\[\]{},:]')
 
 
 def _path_of_depth(text: str, levels: int) -> Path:
     """Return the path of the first value that lies deeper than `levels` containers.
 
-    Runs only on text that the parser gave up on for its depth, so it needs no stack of its own.
+    Runs only on text that is nested deeper than the parser goes, so it needs no stack of its own.
     """
-    path: list[str | int] = []
-    last_string = ""
-    for lexeme in _LEXEME.findall(text):
-        if lexeme in "[{":
+    path: list[int | slice] = []  # a key as where it stands
+    last_string, at = slice(0, 0), 0
+    while match := _STRUCTURE.search(text, at):
+        at, lexeme = match.end(), match[0]
+        if lexeme == '"':
+            end = _end_of_string(text, at)
+            last_string, at = slice(at, end), end + 1
+        elif lexeme in "[{":
             if len(path) == levels:
                 break
-            path.append(0 if lexeme == "[" else "")
+            path.append(0 if lexeme == "[" else slice(0, 0))
         elif lexeme in "]}":
-            path.pop()
-        elif lexeme == "," and path and isinstance(path[-1], int):
+            del path[-1:]
+        elif path and lexeme == "," and isinstance(path[-1], int):
             path[-1] += 1
-        elif lexeme == ":" and path:
-            path[-1] = json.loads(last_string)
-        else:
-            last_string = lexeme
-    return tuple(path)
+        elif path and lexeme == ":":
+            path[-1] = last_string
+    return tuple(step if isinstance(step, int) else _key(text[step]) for step in path)
+
+
+def _end_of_string(text: str, start: int) -> int:
+    """Return where the quote stands that ends the string that begins at `start`, or the end of the text."""
+    end = text.find('"', start)
+    while end >= 0:
+        escaped = end
+        while escaped > start and text[escaped - 1] == "\\":
+            escaped -= 1
+        if (end - escaped) % 2 == 0:
+            return end
+        end = text.find('"', end + 1)
+    return len(text)
+
+
+def _key(quoted: str) -> str:
+    try:
+        return str(json.loads(f'"{quoted}"', strict=False))
+    except json.JSONDecodeError:
+        return quoted  # an escape that is none: the text is not JSON, but too deep it is
+
+
+# -- large bodies ----------------------------------------------------------------------------------
+
+# What is smaller is worked on at once: it takes the loop no more than some 30 ms, whatever is in it.
+_LARGE_BYTES = 64 * 1024
+_SCANNED_BYTES = 256 * 1024
+# About what CPython takes for each: an empty list or dict, a key with its place, an item, a string.
+_CONTAINER_BYTES, _KEY_BYTES, _ITEM_BYTES, _STRING_BYTES = 64, 100, 32, 56
+# One, so that the memory of what is parsed is bounded, and because a second could not run beside it anyway.
+_BESIDE = ThreadPoolExecutor(1, thread_name_prefix="large-json")
+
+
+async def beside(size: int, work: Callable[[], T]) -> T:
+    """Do work on JSON or BSON of this many bytes: at once, or in a thread of its own where it is large.
+
+    The work must wait for nothing, and keep nothing of what it parses but its result.
+    """
+    if size <= _LARGE_BYTES:
+        return work()
+    done = await asyncio.get_running_loop().run_in_executor(_BESIDE, _without_collections, work)
+    if isinstance(done, ChatHistoryError):
+        raise done
+    return done
+
+
+def _without_collections(work: Callable[[], T]) -> T | ChatHistoryError:
+    """Return what the work returns, or our error that it raises.
+
+    A collection of garbage walks over every object that was parsed, in which there is never a cycle, and
+    holds up all threads meanwhile.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return work()
+    except ChatHistoryError as error:
+        # Their frames would keep what was parsed.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
+        return error
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def require_parsable(body: bytes | bytearray, parsed_bytes_max: int) -> None:
+    """Refuse a large body that would take too much memory once it is parsed, before it is.
+
+    The estimate is made of what stands outside strings, so a text costs what it is long. Raises
+    BodyTooLarge, or InvalidRequest for what is nested so deep that no parser would go there.
+    """
+    if len(body) <= _LARGE_BYTES:
+        return
+    parsed = depth = read = 0
+    for piece, strings in _outside_strings(body):
+        read = min(len(body), read + _SCANNED_BYTES)
+        opened = piece.count(b"[") + piece.count(b"{")
+        keys = piece.count(b":")
+        depth += opened - piece.count(b"]") - piece.count(b"}")
+        parsed += opened * _CONTAINER_BYTES + keys * _KEY_BYTES + piece.count(b",") * _ITEM_BYTES
+        parsed += max(0, strings - keys) * _STRING_BYTES
+        if depth > _DEPTH_MAX:
+            text = body[:read].decode("utf-8", "replace")
+            raise _refusal(_path_of_depth(text, JSON_LEVELS_MAX), _TOO_DEEP)
+        if parsed > parsed_bytes_max:
+            raise BodyTooLarge(
+                f"The body has so many values that they would take more than {parsed_bytes_max} bytes of "
+                "memory. Send them in smaller requests, or as text."
+            )
+
+
+# The parser gives up at Python's limit of recursion, which is 1,000 by default.
+_DEPTH_MAX = 1_000
+
+
+def _outside_strings(body: bytes | bytearray) -> Iterator[tuple[bytes, int]]:
+    """Yield, piece by piece, what stands outside of strings, and how many strings begin or end there.
+
+    Pieces are small because each of these calls holds up all threads.
+    """
+    inside, start = False, 0
+    while start < len(body):
+        piece = bytes(body[start : start + _SCANNED_BYTES])
+        start += len(piece)
+        if start < len(body) and (len(piece) - len(piece.rstrip(b"\\"))) % 2:
+            # An escape is not cut in two.
+            piece, start = piece[:-1], start - 1
+        parts = piece.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')
+        yield b"".join(parts[inside::2]), len(parts) // 2
+        inside ^= len(parts) % 2 == 0
 
 
 # -- checking --------------------------------------------------------------------------------------
@@ -313,9 +441,11 @@ def split(documents: bytes) -> Iterator[bytes]:
 
 
 def decode_all(documents: Sequence[bytes]) -> list[dict[str, Any]]:
-    """Decode stored documents as `decode` does, all at once where none of them needs its care."""
-    together = b"".join(documents)
-    if b"$ref" in together:
+    """Decode stored documents as `decode` does, all at once where none of them needs its care.
+
+    Large ones are decoded one by one, because each call holds up all threads.
+    """
+    if sum(map(len, documents)) > _LARGE_BYTES or b"$ref" in (together := b"".join(documents)):
         return [decode(raw) for raw in documents]
     return bson.decode_all(together, _DATES_IN_UTC)
 

@@ -24,6 +24,10 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 # MongoDB's own limit of one document, less what the service's fields may take (five of them, three
 # of which hold ids of at most 128 characters).
 MESSAGE_BYTES_MAX = 16 * 1024 * 1024 - 1024
+# The largest body of a call that takes a few fields and metadata, but no messages.
+SMALL_BODY_BYTES_MAX = 2 * 1024 * 1024
+# How many times CHAT_BODY_BYTES_MAX the values of one body may take in memory once they are parsed.
+PARSED_TIMES_MAX = 3
 # MongoDB nests 100 levels; the message, its list and the driver's command take a few of them.
 JSON_LEVELS_MAX = 90
 # MongoDB returns an error for a field name of more words with dots between them.

@@ -41,7 +41,7 @@ OWNER = needs.described(OwnerQuery)
 )
 async def create_conversation(request: Request, chat: Chat) -> Response:
     """Get or create a conversation."""
-    body = await bodies.read_body(request, NewConversation)
+    body = await bodies.read_small(request, NewConversation)
     conversation, created = await chat.get_or_create_conversation(
         body.user_id, body.id, title=body.title, metadata=body.metadata, expires_at=body.expires_at
     )
@@ -89,7 +89,7 @@ async def update_conversation(
     request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner
 ) -> Response:
     """Change the title, or the metadata as a whole."""
-    body = await bodies.read_body(request, ConversationChanges)
+    body = await bodies.read_small(request, ConversationChanges)
     given = body.model_fields_set
     changed = await chat.update_conversation(
         conversation_id,

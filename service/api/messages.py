@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service import errors
+from service import errors, payloads
 from service.api import bodies, needs, schemas
 from service.api.needs import Chat, ConversationId, IdempotencyKey, MessageId, page_items
 from service.api.problems import answers
@@ -22,7 +22,7 @@ from service.api.schemas import (
     OwnerQuery,
     json_response,
 )
-from service.chat_service import Appended, Json
+from service.chat_service import Appended, Batch, Json
 from service.errors import Fault, InvalidRequest
 
 router = APIRouter(
@@ -64,25 +64,30 @@ async def append(
     key: IdempotencyKey,
 ) -> Response:
     """Append one message (the object), or a batch (`{"messages": [...]}`)."""
-    body = await bodies.read_json(request)
-    if isinstance(body, dict) and "messages" in body and "role" not in body:
-        batch = _batch(body)
-        appended = await chat.add_messages(conversation_id, batch, owner.user_id, idempotency_key=key)
-        return _answer(appended, {"data": appended.messages, "has_more": False, "next": None})
-    appended = await chat.add_message(conversation_id, body, owner.user_id, idempotency_key=key)
-    return _answer(appended, appended.messages[0])
+
+    def made(body: Any) -> tuple[Batch, bool]:
+        one = not (isinstance(body, dict) and "messages" in body and "role" not in body)
+        if one:
+            return chat.batch_of([body], idempotency_key=key, field=None), one
+        return chat.batch_of(_batch(body), idempotency_key=key), one
+
+    batch, one = await bodies.read(request, made)
+    appended = await chat.append(conversation_id, batch, owner.user_id)
+    del batch  # it may be large, and so may the answer be
+    return await payloads.beside(appended.size, lambda: _answer(appended, one=one))
 
 
-def _batch(body: dict[str, Any]) -> list[Any]:
-    unknown = [Fault(f"$.{name}", "is not known here") for name in body if name != "messages"]
-    if unknown:
-        raise InvalidRequest("A batch has `messages` and nothing else.", unknown)
+def _batch(body: Json) -> list[Any]:
+    bodies.refuse_crowded(body, NewMessages)
     if not isinstance(body["messages"], list):
-        raise InvalidRequest("", [Fault("$.messages", "must be a list of messages")])
+        why = "must be a list of messages"
+        raise InvalidRequest(f"$.messages {why}.", [Fault("$.messages", why)])
     return body["messages"]
 
 
-def _answer(appended: Appended, body: Json) -> Response:
+def _answer(appended: Appended, *, one: bool) -> Response:
+    stored = appended.messages
+    body = stored[0] if one else {"data": stored, "has_more": False, "next": None}
     if appended.replayed:
         return json_response(body, 200, {"Idempotent-Replayed": "true"})
     return json_response(body, 201)

@@ -6,7 +6,8 @@ Queries are read by Pydantic at once and not by FastAPI, which takes five times 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Path, Request
@@ -65,13 +66,13 @@ def query(model: type[M], ignored: frozenset[str] = frozenset()) -> Any:
 
 
 def _reader(model: type[M], ignored: frozenset[str]) -> Callable[[Request], Coroutine[Any, Any, M]]:
+    known = tuple(model.model_fields)
+
     async def read(request: Request) -> M:
-        given = request.query_params
-        if len(given) != len(given.multi_items()):
-            repeated = {name for name in given if len(given.getlist(name)) > 1} - ignored
-            if repeated:
-                raise _repeated("query", repeated)
-        asked = {name: value for name, value in given.items() if name not in ignored}
+        given = [each for each in request.query_params.multi_items() if each[0] not in ignored]
+        asked = dict(given)
+        if len(given) > len(asked) or len(given) > len(known):
+            raise _crowded(Counter(name for name, _ in given), known)
         try:
             return model.model_validate(asked)
         except ValidationError as error:
@@ -97,9 +98,7 @@ def described(model: type[BaseModel]) -> dict[str, Any]:
 async def no_query(request: Request) -> None:
     """Refuse query parameters on a call that has none."""
     if request.query_params:
-        raise RequestValidationError(
-            [{"loc": ("query", name), "msg": "is not known here"} for name in request.query_params]
-        )
+        raise _crowded(Counter(name for name, _ in request.query_params.multi_items()), ())
 
 
 async def _idempotency_key(request: Request) -> str | None:
@@ -107,18 +106,27 @@ async def _idempotency_key(request: Request) -> str | None:
     if not given:
         return None
     if len(given) > 1:
-        raise _repeated("header", {"Idempotency-Key"})
+        raise _invalid(("header", "Idempotency-Key"), _REPEATED)
     try:
         return _KEY.validate_python(given[0])
     except ValidationError as error:
         raise _refused("header", error, "Idempotency-Key") from error
 
 
-def _repeated(where: str, names: set[str]) -> RequestValidationError:
-    # Which of them was meant?
-    return RequestValidationError(
-        [{"loc": (where, name), "msg": "is given more than once"} for name in sorted(names)]
-    )
+_REPEATED = "is given more than once"  # so which of them was meant?
+
+
+def _crowded(given: Counter[str], known: Sequence[str]) -> RequestValidationError:
+    """Refuse a query of which some is not known or repeated: by one fault, however many parameters it has."""
+    wrong = next((name for name in given if name not in known), None)
+    if wrong is None or len(given) <= len(known):
+        return _invalid(("query", given.most_common(1)[0][0]), _REPEATED)
+    why = f"is not known here; the query has {given.total():,} parameters, and known are: "
+    return _invalid(("query", wrong), why + (", ".join(known) or "none"))
+
+
+def _invalid(place: tuple[str, str], why: str) -> RequestValidationError:
+    return RequestValidationError([{"loc": place, "msg": why}])
 
 
 def _refused(where: str, error: ValidationError, *steps: str) -> RequestValidationError:
@@ -131,7 +139,7 @@ def page_items(request: Request, name: str, items: int | None) -> None:
     """Refuse a page that is larger than the setting allows."""
     most: int = request.app.state.settings.page_items_max
     if items is not None and items > most:
-        raise RequestValidationError([{"loc": ("query", name), "msg": f"must be at most {most}"}])
+        raise _invalid(("query", name), f"must be at most {most}")
 
 
 Users = Annotated[Lifecycle, Depends(_users)]

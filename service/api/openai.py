@@ -6,6 +6,7 @@ What is served is what the `openai` package's `client.conversations` asks for; b
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -29,7 +30,7 @@ from service.api.openai_schemas import (
 )
 from service.api.problems import openai_answers
 from service.api.schemas import json_response
-from service.chat_service import ChatService, Json, ListPosition, is_id
+from service.chat_service import Appended, Batch, ChatService, Json, ListPosition, is_id
 from service.documents import Conversation
 from service.errors import ConversationNotFound, Fault, InvalidRequest, MessageNotFound
 
@@ -97,16 +98,17 @@ def _described(*models: Any, body: Any = None, key: bool = False) -> dict[str, A
 async def create_conversation(request: Request, chat: Chat, user: User, key: IdempotencyKey) -> Response:
     """Create a conversation, with its first items if there are any: all of it, or nothing."""
     await needs.no_query(request)
-    body = await bodies.read_body(request, NewOpenAIConversation)
+
+    def made(value: Any) -> tuple[NewOpenAIConversation, Batch | None]:
+        body = bodies.checked(value, NewOpenAIConversation)
+        batch = _batch(chat, body.items, key) if body.items else None
+        body.items = None
+        return body, batch
+
+    body, batch = await bodies.read(request, made)
     owner = user or _owner_in(body.metadata) or request.app.state.settings.default_user_id
-    items = body.items or []
     conversation = await chat.start_conversation(
-        owner,
-        _messages(items),
-        metadata=body.metadata,
-        idempotency_key=key,
-        prefixes=list(map(openai_items.id_prefix, items)),
-        field="items",
+        owner, batch=batch, metadata=body.metadata, idempotency_key=key
     )
     request.state.audited = {"conversation_id": conversation.id, "user_id": conversation.user_id}
     return json_response(_conversation(conversation))
@@ -192,7 +194,7 @@ async def update_conversation(
 ) -> Response:
     """Replace the metadata as a whole."""
     await needs.no_query(request)
-    body = await bodies.read_body(request, OpenAIMetadata)
+    body = await bodies.read_small(request, OpenAIMetadata)
     changed = await chat.update_conversation(conversation_id, user, metadata=body.metadata)
     return json_response(_conversation(changed))
 
@@ -236,24 +238,31 @@ async def create_items(
     key: IdempotencyKey,
 ) -> Response:
     """Append items, all of them or none, and return them as they are stored."""
-    items = (await bodies.read_body(request, NewOpenAIItems)).items
-    appended = await chat.add_messages(
-        conversation_id,
-        _messages(items),
-        user,
-        idempotency_key=key,
-        prefixes=list(map(openai_items.id_prefix, items)),
-        field="items",
-    )
+
+    def made(value: Any) -> Batch:
+        return _batch(chat, bodies.checked(value, NewOpenAIItems).items, key)
+
+    batch = await bodies.read(request, made)
+    appended = await chat.append(conversation_id, batch, user)
+    del batch  # it may be large, and so may the answer be
+    return await payloads.beside(appended.size, lambda: _items(appended))
+
+
+def _items(appended: Appended) -> Response:
     stored = [item for message in appended.messages for item in openai_items.items_of(message)]
     headers = {"Idempotent-Replayed": "true"} if appended.replayed else {}
     return json_response(_list(stored, has_more=False), headers=headers)
 
 
+def _batch(chat: ChatService, items: list[Json], key: str | None) -> Batch:
+    prefixes = list(map(openai_items.id_prefix, items))
+    return chat.batch_of(_messages(items), idempotency_key=key, prefixes=prefixes, field="items")
+
+
 def _messages(items: list[Json]) -> list[Json]:
     """Turn items into messages. Raises InvalidRequest, with the place in the request, for what is none."""
-    faults = [fault for index, item in enumerate(items) for fault in _faults(item, ("items", index))]
-    if faults:
+    found = (fault for index, item in enumerate(items) for fault in _faults(item, ("items", index)))
+    if faults := list(islice(found, errors.FAULTS_MAX + 1)):
         raise InvalidRequest(f"{faults[0].path} {faults[0].message}.", faults)
     messages = []
     for item in items:

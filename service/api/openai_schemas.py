@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from service.api.schemas import digits
 from service.documents import Id
 
 _MetadataKey = Annotated[str, StringConstraints(max_length=64)]
 _MetadataValue = Annotated[str, StringConstraints(max_length=512)]
-Metadata = Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=16)]
+_METADATA_KEYS = 16
+
+
+def _not_crowded(value: Any) -> Any:
+    """Refuse too many keys by one fault: Pydantic looks at each key before it counts them."""
+    if isinstance(value, dict) and len(value) > _METADATA_KEYS:
+        raise ValueError(f"must have at most {_METADATA_KEYS} keys, and has {len(value):,}")
+    return value
+
+
+Metadata = Annotated[
+    dict[_MetadataKey, _MetadataValue], Field(max_length=_METADATA_KEYS), BeforeValidator(_not_crowded)
+]
 _Limit = Annotated[int, Field(ge=0, le=100)]
 Limit = Annotated[_Limit, digits(_Limit)]
 ItemIdParameter = Annotated[str, Field(min_length=1, max_length=160)]

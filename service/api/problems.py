@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from service import errors
 from service.errors import ChatHistoryError, Fault
-from service.payloads import json_path
+from service.payloads import cut, json_path
 
 MEDIA_TYPE = "application/problem+json"
 # What lies below it answers errors in OpenAI's shape.
@@ -185,7 +185,8 @@ def install(app: FastAPI, retry_after_s: int) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        faults = [Fault(_place(each["loc"]), each["msg"]) for each in error.errors()]
+        first = error.errors()[: errors.FAULTS_MAX + 1]
+        faults = [Fault(_place(each["loc"]), each["msg"]) for each in first]
         summary = "; ".join(f"{each.path}: {each.message}" for each in faults[:3])
         request.state.problem = errors.InvalidRequest.slug()
         return respond(errors.InvalidRequest(summary, faults), request.scope)
@@ -215,7 +216,7 @@ def _place(loc: tuple[str | int, ...]) -> str:
     kind, *steps = loc
     if kind == "body":
         return json_path(tuple(steps))
-    return ".".join(map(str, loc))
+    return ".".join(cut(str(each)) for each in loc)
 
 
 def _of_status(status: int, detail: str) -> ChatHistoryError:

@@ -10,11 +10,18 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+)
 from starlette.responses import Response, StreamingResponse
 
-from service.chat_service import ConversationList, History, ListPosition
-from service.documents import Conversation, Id, MessageFields, Seq, Title
+from service.chat_service import ConversationList, History, ListPosition, is_id
+from service.documents import Conversation, Id, MessageFields, Seq, Time, Title
 from service.errors import Fault, InvalidRequest
 from service.roles import Role
 
@@ -48,9 +55,7 @@ def _text(value: Any) -> Any:
 
 
 # A body is read strictly, but JSON has no times: theirs come as text.
-Expiry = Annotated[
-    AwareDatetime, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)
-]
+Expiry = Annotated[Time, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)]
 
 
 class _Closed(BaseModel):
@@ -64,7 +69,9 @@ class NewConversation(_Closed):
     id: Id | None = Field(None, description="An id of your own; without it a new one is made.")
     title: Title | None = None
     metadata: dict[str, Any] | None = None
-    expires_at: Expiry | None = Field(None, description="From then on it is removed, with its messages.")
+    expires_at: Expiry | None = Field(
+        None, description="From then on it is removed, with its messages; soon, where that is past already."
+    )
 
 
 class ConversationChanges(_Closed):
@@ -196,8 +203,8 @@ class HistoryQuery(OwnerQuery):
         None, description="The newest so many, oldest first; not with limit or order."
     )
     order: Literal["asc", "desc"] | None = None
-    since: AwareDatetime | None = Field(None, description="From this time on, it included.")
-    until: AwareDatetime | None = Field(None, description="Up to this time, it included.")
+    since: Time | None = Field(None, description="From this time on, it included.")
+    until: Time | None = Field(None, description="Up to this time, it included.")
     role: Role | None = None
 
 
@@ -272,7 +279,8 @@ def position(word: str) -> ListPosition:
         text = base64.b64decode(word + "=" * (-len(word) % 4), b"-_", validate=True).decode()
         ms, _, conversation_id = text.partition(":")
         found = ListPosition(_EPOCH + timedelta(milliseconds=int(ms)), conversation_id)
-        if cursor(found) == word:
+        # What is read is only a cursor of ours if it is written in the same way.
+        if is_id(conversation_id) and cursor(found) == word:
             return found
     why = "is not a cursor of this service"
     raise InvalidRequest(f"query.cursor {why}.", [Fault("query.cursor", why)])
