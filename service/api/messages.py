@@ -20,6 +20,8 @@ from service.api.schemas import (
     NewMessage,
     NewMessages,
     OwnerQuery,
+    Reference,
+    References,
     json_response,
 )
 from service.chat_service import Appended, Json
@@ -36,14 +38,14 @@ OWNER = needs.described(OwnerQuery)
 @router.post(
     "",
     status_code=201,
-    response_model=MessageOut | MessagePage,
+    response_model=MessageOut | MessagePage | Reference | References,
     openapi_extra={
         "parameters": [*OWNER["parameters"], needs.KEY_PARAMETER],
         **bodies.described(NewMessage, NewMessages),
     },
     responses={
         200: {
-            "model": MessageOut | MessagePage,
+            "model": MessageOut | MessagePage | Reference | References,
             "description": "An earlier request had stored this.",
             "headers": {"Idempotent-Replayed": {"schema": {"const": "true"}}},
         },
@@ -63,14 +65,23 @@ async def append(
     owner: Owner,
     key: IdempotencyKey,
 ) -> Response:
-    """Append one message (the object), or a batch (`{"messages": [...]}`)."""
+    """Append one message (the object), or a batch (`{"messages": [...]}`).
+
+    Without the scope `read` the answer has the ids alone.
+    """
     body = await bodies.read_json(request)
-    if isinstance(body, dict) and "messages" in body and "role" not in body:
-        batch = _batch(body)
-        appended = await chat.add_messages(conversation_id, batch, owner.user_id, idempotency_key=key)
-        return _answer(appended, {"data": appended.messages, "has_more": False, "next": None})
-    appended = await chat.add_message(conversation_id, body, owner.user_id, idempotency_key=key)
-    return _answer(appended, appended.messages[0])
+    batch = _batch(body) if isinstance(body, dict) and "messages" in body and "role" not in body else None
+    with needs.conflicts_for(request):
+        if batch is not None:
+            appended = await chat.add_messages(conversation_id, batch, owner.user_id, idempotency_key=key)
+        else:
+            appended = await chat.add_message(conversation_id, body, owner.user_id, idempotency_key=key)
+    messages = appended.messages
+    if not needs.may_read(request):
+        messages = [{"id": message["id"]} for message in messages]
+    if batch is not None:
+        return _answer(appended, {"data": messages, "has_more": False, "next": None})
+    return _answer(appended, messages[0])
 
 
 def _batch(body: dict[str, Any]) -> list[Any]:
@@ -180,9 +191,14 @@ pop_router = APIRouter(tags=["messages"])
     "/conversations/{conversation_id}/pop",
     response_model=MessageOut,
     openapi_extra=OWNER,
-    responses={204: {"description": "There is no message."}, **answers(errors.ConversationNotFound)},
+    responses={
+        204: {"description": "There is no message, or the caller has no scope `read` to be told of it."},
+        **answers(errors.ConversationNotFound),
+    },
 )
-async def pop(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
+async def pop(request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
     """Delete the newest message and return it. Not to be repeated: it would delete another."""
     message = await chat.pop_message(conversation_id, owner.user_id)
-    return Response(status_code=204) if message is None else json_response(message)
+    if message is None or not needs.may_read(request):
+        return Response(status_code=204)
+    return json_response(message)

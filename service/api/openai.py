@@ -26,6 +26,7 @@ from service.api.openai_schemas import (
     OpenAIItem,
     OpenAIItemList,
     OpenAIMetadata,
+    OpenAIReference,
 )
 from service.api.problems import openai_answers
 from service.api.schemas import json_response
@@ -90,7 +91,7 @@ def _described(*models: Any, body: Any = None, key: bool = False) -> dict[str, A
 
 @router.post(
     "/conversations",
-    response_model=OpenAIConversation,
+    response_model=OpenAIConversation | OpenAIReference,
     openapi_extra=_described(body=NewOpenAIConversation, key=True),
     responses=openai_answers(errors.IdempotencyConflict, errors.StorageFull, *bodies.PROBLEMS),
 )
@@ -100,16 +101,17 @@ async def create_conversation(request: Request, chat: Chat, user: User, key: Ide
     body = await bodies.read_body(request, NewOpenAIConversation)
     owner = user or _owner_in(body.metadata) or request.app.state.settings.default_user_id
     items = body.items or []
-    conversation = await chat.start_conversation(
-        owner,
-        _messages(items),
-        metadata=body.metadata,
-        idempotency_key=key,
-        prefixes=list(map(openai_items.id_prefix, items)),
-        field="items",
-    )
+    with needs.conflicts_for(request):
+        conversation = await chat.start_conversation(
+            owner,
+            _messages(items),
+            metadata=body.metadata,
+            idempotency_key=key,
+            prefixes=list(map(openai_items.id_prefix, items)),
+            field="items",
+        )
     request.state.audited = {"conversation_id": conversation.id, "user_id": conversation.user_id}
-    return json_response(_conversation(conversation))
+    return json_response(_written(request, conversation))
 
 
 def _owner_in(metadata: dict[str, str] | None) -> str | None:
@@ -168,7 +170,7 @@ async def retrieve_conversation(
 
 @router.post(
     "/conversations/{conversation_id}",
-    response_model=OpenAIConversation,
+    response_model=OpenAIConversation | OpenAIReference,
     openapi_extra=_described(body=OpenAIMetadata),
     responses=openai_answers(errors.ConversationNotFound, errors.StorageFull, *bodies.PROBLEMS),
 )
@@ -179,7 +181,7 @@ async def update_conversation(
     await needs.no_query(request)
     body = await bodies.read_body(request, OpenAIMetadata)
     changed = await chat.update_conversation(conversation_id, user, metadata=body.metadata)
-    return json_response(_conversation(changed))
+    return json_response(_written(request, changed))
 
 
 @router.delete(
@@ -222,15 +224,18 @@ async def create_items(
 ) -> Response:
     """Append items, all of them or none, and return them as they are stored."""
     items = (await bodies.read_body(request, NewOpenAIItems)).items
-    appended = await chat.add_messages(
-        conversation_id,
-        _messages(items),
-        user,
-        idempotency_key=key,
-        prefixes=list(map(openai_items.id_prefix, items)),
-        field="items",
-    )
+    with needs.conflicts_for(request):
+        appended = await chat.add_messages(
+            conversation_id,
+            _messages(items),
+            user,
+            idempotency_key=key,
+            prefixes=list(map(openai_items.id_prefix, items)),
+            field="items",
+        )
     stored = [item for message in appended.messages for item in openai_items.items_of(message)]
+    if not needs.may_read(request):
+        stored = [{"id": item["id"], "type": item["type"]} for item in stored]
     headers = {"Idempotent-Replayed": "true"} if appended.replayed else {}
     return json_response(_list(stored, has_more=False), headers=headers)
 
@@ -331,7 +336,7 @@ async def retrieve_item(
 
 @router.delete(
     "/conversations/{conversation_id}/items/{item_id}",
-    response_model=OpenAIConversation,
+    response_model=OpenAIConversation | OpenAIReference,
     openapi_extra=_described(),
     responses=openai_answers(errors.ConversationNotFound, errors.MessageNotFound),
 )
@@ -348,10 +353,10 @@ async def delete_item(
     if item_id not in {item["id"] for item in items}:
         raise MessageNotFound("There is no item with this id in this conversation.")
     if len(items) > 1:
-        why = f"is a part of a message of {len(items)} items, which can only be deleted as a message"
+        why = "is a part of a message of several items, which can only be deleted as a message"
         raise _invalid("path.item_id", why)
     await chat.delete_message(conversation_id, item_id, user)
-    return json_response(_conversation(await chat.get_conversation(conversation_id, user)))
+    return json_response(_written(request, await chat.get_conversation(conversation_id, user)))
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -364,6 +369,13 @@ def _conversation(conversation: Conversation) -> Json:
         "created_at": int(conversation.created_at.timestamp()),
         "metadata": conversation.metadata,
     }
+
+
+def _written(request: Request, conversation: Conversation) -> Json:
+    """Answer a write, with the id alone for a caller without the scope `read`."""
+    if needs.may_read(request):
+        return _conversation(conversation)
+    return {"id": conversation.id, "object": "conversation"}
 
 
 def _list(data: list[Json], *, has_more: bool) -> Json:
