@@ -100,11 +100,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         app.state.lifecycle = Lifecycle(app.state.database, app.state.chat, settings)
         app.state.keys = Keys(app.state.database, settings)
         app.state.authenticator = Authenticator(settings, app.state.keys)
-        stack.push_async_callback(_cancel, asyncio.create_task(_tidy(app.state.chat, app.state.lifecycle)))
         if settings.audit_days:
             app.state.audit = Audit(app.state.database)
             app.state.audit.start()
             stack.push_async_callback(app.state.audit.stop)
+        stack.push_async_callback(_cancel, asyncio.create_task(_tidy(app, settings)))
         _stop_with_parent()
         yield {"settings": settings, "overloaded": logs.RequestLog(_overloaded, on_failure=_failed)}
 
@@ -115,8 +115,10 @@ async def _cancel(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def _tidy(chat: ChatService, lifecycle: Lifecycle) -> None:
+async def _tidy(app: FastAPI, settings: Settings) -> None:
     """Take up interrupted deletions and erasures, and remove what has expired, now and every minute."""
+    chat: ChatService = app.state.chat
+    lifecycle: Lifecycle = app.state.lifecycle
     while True:
         try:
             if count := await chat.finish_deletions():
@@ -125,6 +127,15 @@ async def _tidy(chat: ChatService, lifecycle: Lifecycle) -> None:
                 log.info("erasures_finished", users=count)
             if (expired := await lifecycle.expire()).conversations:
                 log.info("expired", conversations=expired.conversations, messages=expired.messages)
+                if settings.audit_days:
+                    app.state.audit.note(
+                        principal="service",
+                        tenant="",
+                        method="TASK",
+                        route="expire",
+                        status=0,
+                        what=f"{expired.conversations} conversations, {expired.messages} messages",
+                    )
         except ChatHistoryError as error:
             log.debug("tidying_postponed", problem=error.slug())
         await asyncio.sleep(_TIDY_EVERY_S)

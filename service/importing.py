@@ -22,6 +22,7 @@ class Imported:
     conversations: int = 0
     messages: int = 0
     there: int = 0
+    user_id: str | None = None  # whose export it says that it is
 
 
 class _Lines:
@@ -59,10 +60,17 @@ class _Lines:
 
 
 async def import_file(
-    lifecycle: Lifecycle, path: Path, *, dry_run: bool = False, progress: Progress = lambda _: None
-) -> Imported:
-    """Import one export. Raises InvalidRequest, with the line, and what `Lifecycle.restore` raises."""
-    done = Imported()
+    lifecycle: Lifecycle,
+    path: Path,
+    done: Imported,
+    *,
+    dry_run: bool = False,
+    progress: Progress = lambda _: None,
+) -> None:
+    """Import one export, and count into `done`, which is right also where it fails.
+
+    Raises InvalidRequest, with the line, and what `Lifecycle.restore` raises.
+    """
     with path.open("rb") as file:
         lines: _Lines | None = None
         try:
@@ -73,13 +81,13 @@ async def import_file(
             raise type(error)(
                 f"{path}, line {number}: {error.detail or error.title}", error.faults
             ) from error
-    return done
 
 
 async def _import(lifecycle: Lifecycle, lines: _Lines, done: Imported, *, dry_run: bool) -> None:
     head = lines.next
     if head is None or head.get("type") != "export" or head.get("version") != FORMAT_VERSION:
         raise InvalidRequest(f"This is no export of version {FORMAT_VERSION}.")
+    done.user_id = str(head.get("user_id"))
     lines.advance()
     total = 0
     while lines.next is not None and lines.next.get("type") == "conversation":
