@@ -100,6 +100,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         app.state.lifecycle = Lifecycle(app.state.database, app.state.chat, settings)
         app.state.keys = Keys(app.state.database, settings)
         app.state.authenticator = Authenticator(settings, app.state.keys)
+        stack.callback(app.state.authenticator.close)
         if settings.audit_days:
             app.state.audit = Audit(app.state.database)
             app.state.audit.start()
