@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from service.scopes import Scope
 from service.settings import ASYMMETRIC, Settings
 
 _ALL: frozenset[ScopeName] = frozenset({"read", "write", "admin"})
+# An own key that is as long cannot be guessed online, so it is compared whatever an address has tried before.
+_UNGUESSABLE_CHARACTERS = 16
 _ID = re.compile(r"[A-Za-z0-9._:@~-]{1,128}\Z")
 _TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]*\Z")
 
@@ -50,16 +52,20 @@ class Authenticator:
         self._keys = keys
         self._tokens = Tokens(settings) if "jwt" in settings.auth else None
 
-    async def authenticate(self, credential: str | None) -> Principal:
-        """Return who this is. Raises Unauthenticated, and DatabaseUnavailable where it cannot be known."""
+    async def authenticate(self, credential: str, before_look_up: Callable[[], Awaitable[None]]) -> Principal:
+        """Return who this is. Raises Unauthenticated, and DatabaseUnavailable where it cannot be known.
+
+        What can be guessed, or costs a look-up in the database, is asked only after `before_look_up`, which
+        may raise. What is signed is verified in any case.
+        """
         if self._settings.auth == "none":
             return ANYBODY
-        if credential is None:
-            raise Unauthenticated("There is none in this request.")
         if self._tokens is not None and _TOKEN.match(credential):
             return await self._tokens.principal(credential)
-        if "key" in self._settings.auth and (found := await self._by_key(credential)) is not None:
-            return found
+        if "key" in self._settings.auth:
+            found = await self._by_key(credential, before_look_up)
+            if found is not None:
+                return found
         raise _refused()
 
     def close(self) -> None:
@@ -67,11 +73,16 @@ class Authenticator:
         if self._tokens is not None:
             self._tokens.close()
 
-    async def _by_key(self, credential: str) -> Principal | None:
-        own = self._settings.api_key
-        if own is not None and _same(own.get_secret_value(), credential):
-            return Principal("key:CHAT_API_KEY", _ALL, Scope())
-        key = await self._keys.find(credential)
+    async def _by_key(
+        self, credential: str, before_look_up: Callable[[], Awaitable[None]]
+    ) -> Principal | None:
+        own = self._settings.api_key.get_secret_value() if self._settings.api_key is not None else None
+        if own is not None:
+            if len(own) < _UNGUESSABLE_CHARACTERS:
+                await before_look_up()
+            if _same(own, credential):
+                return Principal("key:CHAT_API_KEY", _ALL, Scope())
+        key = await self._keys.find(credential, before_look_up)
         if key is None:
             return None
         return Principal(f"key:{key.id}", frozenset(key.scopes), Scope(key.tenant))
