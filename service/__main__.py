@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import getpass
 import importlib
 import os
 import signal
@@ -160,14 +161,19 @@ def create_key(
         _fail(f"There is no scope {unknown.pop()!r}.")
     expires_at = datetime.now(UTC) + timedelta(days=days) if days else None
     scopes: Any = sorted(set(scope))
-    _, text = _with_keys(lambda keys: keys.create(name, scopes, tenant=tenant, expires_at=expires_at))
-    print(text)
+
+    async def create(keys: Keys, said: dict[str, Any]) -> str:
+        key, text = await keys.create(name, scopes, tenant=tenant, expires_at=expires_at)
+        said |= {"tenant": tenant, "what": f"{key.id}: {'+'.join(scopes)}"}
+        return text
+
+    print(_with_keys("keys create", create))
 
 
 @keys_app.command("list")
 def list_keys() -> None:
     """List every key: its id, name, scopes, tenant, and what became of it."""
-    for key in _with_keys(lambda keys: keys.list_all()):
+    for key in _with_keys("keys list", lambda keys, _: keys.list_all()):
         times = {"expires": key.expires_at, "revoked": key.revoked_at, "last used": key.last_used_at}
         said = [f"{what} {when:%Y-%m-%d %H:%M}" for what, when in times.items() if when is not None]
         print("\t".join([key.id, key.name, "+".join(key.scopes), key.tenant or "-", ", ".join(said)]))
@@ -176,7 +182,13 @@ def list_keys() -> None:
 @keys_app.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(help="The id, as `keys list` prints it.")]) -> None:
     """Revoke a key. A service that runs knows within CHAT_KEY_CACHE_MS."""
-    if not _with_keys(lambda keys: keys.revoke(key_id)):
+
+    async def revoke(keys: Keys, said: dict[str, Any]) -> bool:
+        revoked = await keys.revoke(key_id)
+        said |= {"what": key_id[:128], "status": 0 if revoked else 1}
+        return revoked
+
+    if not _with_keys("keys revoke", revoke):
         _fail(f"There is no key {key_id} that is not revoked already.")
 
 
@@ -196,7 +208,8 @@ def import_users(
     Exit code 0: all of it is there. 1: a file is no whole export, or something else stands under an id; what
     came before it is stored.
     """
-    from service.importing import import_file
+    from service.chat_service import is_id
+    from service.importing import Imported, import_file
     from service.scopes import Scope
 
     _require_tenant(tenant)
@@ -207,15 +220,22 @@ def import_users(
         from rich.progress import Progress
 
         with Progress(console=Console(stderr=True), transient=True) as bar:
-            async with _lifecycle(settings) as lifecycle:
+            async with _lifecycle(settings) as (lifecycle, database):
                 imported = functools.partial(import_file, lifecycle.of(Scope(tenant)), user_id=user)
                 if user is not None:
                     for file in files:
-                        await imported(file, dry_run=True)
+                        await imported(file, Imported(), dry_run=True)
                 for file in files:
                     task = bar.add_task(file.name, total=file.stat().st_size)
                     progress = functools.partial(_show, bar, task)
-                    done = await imported(file, dry_run=dry_run, progress=progress)
+                    done = Imported()
+                    async with _audited(settings, database, "import", unless=dry_run) as said:
+                        said["tenant"] = tenant
+                        try:
+                            await imported(file, done, dry_run=dry_run, progress=progress)
+                        finally:
+                            said["user_id"] = done.user_id if is_id(done.user_id) else None
+                            said["what"] = f"{done.conversations} conversations, {done.messages} messages"
                     print(
                         f"{file}: {done.conversations} conversations, {done.messages} messages imported"
                         f"{' (dry run)' if dry_run else ''}, {done.there} conversations were there"
@@ -236,8 +256,13 @@ def expire(
     settings = _settings()
 
     async def run() -> Receipt:
-        async with _lifecycle(settings) as lifecycle:
-            return await lifecycle.expire(dry_run=dry_run)
+        async with (
+            _lifecycle(settings) as (lifecycle, database),
+            _audited(settings, database, "expire", unless=dry_run) as said,
+        ):
+            removed = await lifecycle.expire(dry_run=dry_run)
+            said["what"] = f"{removed.conversations} conversations, {removed.messages} messages"
+            return removed
 
     done = _on_database(settings, run)
     what = "would expire" if dry_run else "expired"
@@ -257,14 +282,43 @@ async def _opened(settings: Settings, *, make_indexes: bool = True) -> AsyncIter
 
 
 @contextlib.asynccontextmanager
-async def _lifecycle(settings: Settings) -> AsyncIterator[Lifecycle]:
+async def _lifecycle(settings: Settings) -> AsyncIterator[tuple[Lifecycle, Database]]:
     from service.chat_service import ChatService
     from service.lifecycle import Lifecycle
 
     # What a process was killed in the middle of is locked for as long as the database lets it, a minute.
     settings = settings.model_copy(update={"database_timeout_ms": max(settings.database_timeout_ms, 90_000)})
     async with _opened(settings) as database:
-        yield Lifecycle(database, ChatService(database, settings), settings)
+        yield Lifecycle(database, ChatService(database, settings), settings), database
+
+
+@contextlib.asynccontextmanager
+async def _audited(
+    settings: Settings, database: Database, command: str, *, unless: bool = False
+) -> AsyncIterator[dict[str, Any]]:
+    """Note a command in the audit trail, where there is one, with what is put into the yielded facts."""
+    from service.audit import Audit
+
+    said: dict[str, Any] = {}
+    status = 1
+    try:
+        yield said
+        status = 0
+    finally:
+        if settings.audit_days is not None and not unless:
+            audit = Audit(database)
+            who = f"command:{_operator()}"
+            facts = {"principal": who, "tenant": "", "method": "COMMAND", "route": command, "status": status}
+            audit.note(**facts | said)
+            await audit.stop()
+
+
+def _operator() -> str:
+    """Return the name of who runs this, or the number of a user who has none, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _require_tenant(tenant: str) -> None:
@@ -275,15 +329,18 @@ def _require_tenant(tenant: str) -> None:
         _fail(f"{tenant!r} is no name for a tenant.")
 
 
-def _with_keys(work: Callable[[Keys], Coroutine[Any, Any, T]]) -> T:
-    """Do something with the keys in the database, the embedded engine's too, running or not."""
+def _with_keys(command: str, work: Callable[[Keys, dict[str, Any]], Coroutine[Any, Any, T]]) -> T:
+    """Do something with the keys in the database, the embedded engine's too, running or not.
+
+    What the work puts into its second argument is noted in the audit trail.
+    """
     from service.keys import Keys
 
     settings = _settings()
 
     async def run() -> T:
-        async with _opened(settings) as database:
-            return await work(Keys(database, settings))
+        async with _opened(settings) as database, _audited(settings, database, command) as said:
+            return await work(Keys(database, settings), said)
 
     return _on_database(settings, run)
 
@@ -352,7 +409,9 @@ async def _verify(settings: Settings, *, repair: bool) -> Report:
         verifier = Verifier(database, ChatService(database, settings), repair=repair)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("verifying", total=None)
-            report = await verifier.run(lambda done, total: bar.update(task, completed=done, total=total))
+            async with _audited(settings, database, "verify --repair", unless=not repair) as said:
+                report = await verifier.run(lambda done, total: bar.update(task, completed=done, total=total))
+                said["what"] = f"{len(report.violations)} violations, {report.left} left"
         for violation in report.violations:
             print(violation)
         return report

@@ -115,11 +115,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[dict[str, Any]]:
         app.state.lifecycle = Lifecycle(app.state.database, app.state.chat, settings)
         app.state.keys = Keys(app.state.database, settings)
         app.state.authenticator = Authenticator(settings, app.state.keys)
-        stack.push_async_callback(_cancel, asyncio.create_task(_tidy(app.state.chat, app.state.lifecycle)))
+        stack.callback(app.state.authenticator.close)
         if settings.audit_days:
             app.state.audit = Audit(app.state.database)
             app.state.audit.start()
             stack.push_async_callback(app.state.audit.stop)
+        stack.push_async_callback(_cancel, asyncio.create_task(_tidy(app, settings)))
         _stop_with_parent()
         yield {"settings": settings, "overloaded": logs.RequestLog(_overloaded, on_failure=_failed)}
 
@@ -130,12 +131,14 @@ async def _cancel(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def _tidy(chat: ChatService, lifecycle: Lifecycle) -> None:
+async def _tidy(app: FastAPI, settings: Settings) -> None:
     """Take up interrupted deletions and erasures, and remove what has expired, now and every minute."""
     steps: dict[str, Callable[[], Awaitable[None]]] = {
-        "deletions": functools.partial(_finish_deletions, chat),
-        "erasures": functools.partial(_finish_erasures, lifecycle),
-        "expiry": functools.partial(_expire, lifecycle),
+        "deletions": functools.partial(_finish_deletions, app.state.chat),
+        "erasures": functools.partial(_finish_erasures, app.state.lifecycle),
+        "expiry": functools.partial(
+            _expire, app.state.lifecycle, app.state.audit if settings.audit_days else None
+        ),
     }
     while True:
         for name, step in steps.items():
@@ -158,9 +161,18 @@ async def _finish_erasures(lifecycle: Lifecycle) -> None:
         log.info("erasures_finished", users=count)
 
 
-async def _expire(lifecycle: Lifecycle) -> None:
+async def _expire(lifecycle: Lifecycle, audit: Audit | None) -> None:
     if (expired := await lifecycle.expire()).conversations:
         log.info("expired", conversations=expired.conversations, messages=expired.messages)
+        if audit is not None:
+            audit.note(
+                principal="service",
+                tenant="",
+                method="TASK",
+                route="expire",
+                status=0,
+                what=f"{expired.conversations} conversations, {expired.messages} messages",
+            )
 
 
 def _stop_with_parent() -> None:

@@ -6,25 +6,23 @@ fails is not said, and never logged; a token or key is in no text that this modu
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from service.errors import DatabaseUnavailable, ScopeMissing, Unauthenticated
+from service.issuer import IssuerKeys
 from service.keys import Keys, ScopeName
 from service.scopes import Scope
 from service.settings import ASYMMETRIC, Settings
 
-if TYPE_CHECKING:
-    import jwt
-
 _ALL: frozenset[ScopeName] = frozenset({"read", "write", "admin"})
-_JWKS_TIMEOUT_S = 5
+# An own key that is as long cannot be guessed online, so it is compared whatever an address has tried before.
+_UNGUESSABLE_CHARACTERS = 16
 _ID = re.compile(r"[A-Za-z0-9._:@~-]{1,128}\Z")
 _TOKEN = re.compile(r"[\w-]+\.[\w-]+\.[\w-]*\Z")
 
@@ -54,23 +52,37 @@ class Authenticator:
         self._keys = keys
         self._tokens = Tokens(settings) if "jwt" in settings.auth else None
 
-    async def authenticate(self, credential: str | None) -> Principal:
-        """Return who this is. Raises Unauthenticated, and DatabaseUnavailable where it cannot be known."""
+    async def authenticate(self, credential: str, before_look_up: Callable[[], Awaitable[None]]) -> Principal:
+        """Return who this is. Raises Unauthenticated, and DatabaseUnavailable where it cannot be known.
+
+        What can be guessed, or costs a look-up in the database, is asked only after `before_look_up`, which
+        may raise. What is signed is verified in any case.
+        """
         if self._settings.auth == "none":
             return ANYBODY
-        if credential is None:
-            raise Unauthenticated("There is none in this request.")
         if self._tokens is not None and _TOKEN.match(credential):
             return await self._tokens.principal(credential)
-        if "key" in self._settings.auth and (found := await self._by_key(credential)) is not None:
-            return found
+        if "key" in self._settings.auth:
+            found = await self._by_key(credential, before_look_up)
+            if found is not None:
+                return found
         raise _refused()
 
-    async def _by_key(self, credential: str) -> Principal | None:
-        own = self._settings.api_key
-        if own is not None and _same(own.get_secret_value(), credential):
-            return Principal("key:CHAT_API_KEY", _ALL, Scope())
-        key = await self._keys.find(credential)
+    def close(self) -> None:
+        """Let go of what asks in the background."""
+        if self._tokens is not None:
+            self._tokens.close()
+
+    async def _by_key(
+        self, credential: str, before_look_up: Callable[[], Awaitable[None]]
+    ) -> Principal | None:
+        own = self._settings.api_key.get_secret_value() if self._settings.api_key is not None else None
+        if own is not None:
+            if len(own) < _UNGUESSABLE_CHARACTERS:
+                await before_look_up()
+            if _same(own, credential):
+                return Principal("key:CHAT_API_KEY", _ALL, Scope())
+        key = await self._keys.find(credential, before_look_up)
         if key is None:
             return None
         return Principal(f"key:{key.id}", frozenset(key.scopes), Scope(key.tenant))
@@ -84,7 +96,7 @@ class Tokens:
 
         self._settings = settings
         self._jwt = jwt
-        self._jwks: jwt.PyJWKClient | None = None
+        self._issuer: IssuerKeys | None = None
         self._key: Any = None
         self._algorithms = list(settings.jwt_algorithms)
         if settings.jwt_secret is not None:
@@ -93,42 +105,52 @@ class Tokens:
         elif settings.jwt_public_key is not None:
             self._key = _public_key(settings.jwt_public_key)
         elif settings.jwt_jwks_url is not None:
-            self._jwks = jwt.PyJWKClient(
+            self._issuer = IssuerKeys(
                 settings.jwt_jwks_url,
-                lifespan=settings.jwt_jwks_cache_s,
-                timeout=_JWKS_TIMEOUT_S,
-                cooldown_duration=settings.jwt_jwks_retry_s,
+                cache_s=settings.jwt_jwks_cache_s,
+                retry_s=settings.jwt_jwks_retry_s,
             )
+
+    def close(self) -> None:
+        """Stop asking the issuer for its keys."""
+        if self._issuer is not None:
+            self._issuer.close()
 
     async def principal(self, token: str) -> Principal:
         """Return whose token this is. Raises Unauthenticated, and DatabaseUnavailable without the keys."""
         try:
-            claims = self._jwt.decode(
-                token,
-                await self._key_of(token),
-                algorithms=self._algorithms,
-                audience=self._settings.jwt_audience,
-                issuer=self._settings.jwt_issuer,
-                leeway=self._settings.jwt_leeway_s,
-                options={"require": ["exp", "sub", "iss", "aud"]},
-            )
-        except self._jwt.PyJWTError as error:
+            claims = await self._claims(token)
+            user_id, tenant = user_of(claims["sub"]), self._tenant(claims)
+        except (DatabaseUnavailable, Unauthenticated):
+            raise
+        except Exception as error:  # a token may hold anything, and its readers fail in as many ways
             raise _refused() from error
-        user_id = user_of(claims["sub"])
-        tenant = self._tenant(claims)
         return Principal(f"jwt:{user_id}", frozenset({"read", "write"}), Scope(tenant, user_id))
 
-    async def _key_of(self, token: str) -> jwt.PyJWK | Any:
-        if self._jwks is None:
+    async def _claims(self, token: str) -> dict[str, Any]:
+        """Return what a token says. Raises, in many ways, unless it is whole, signed, in time, and for us."""
+        claims: dict[str, Any] = self._jwt.decode(
+            token,
+            await self._key_of(token),
+            algorithms=self._algorithms,
+            audience=self._settings.jwt_audience,
+            issuer=self._settings.jwt_issuer,
+            leeway=self._settings.jwt_leeway_s,
+            options={"require": ["exp", "sub", "iss", "aud"]},
+        )
+        return claims
+
+    async def _key_of(self, token: str) -> Any:
+        if self._issuer is None:
             return self._key
         header = self._jwt.get_unverified_header(token)
-        if header.get("alg") not in ASYMMETRIC or not isinstance(header.get("kid"), str):
+        algorithm, kid = header.get("alg"), header.get("kid")
+        if not isinstance(algorithm, str) or algorithm not in ASYMMETRIC or not isinstance(kid, str):
             raise _refused()
-        try:
-            # It may have to ask the issuer, which blocks.
-            return await asyncio.to_thread(self._jwks.get_signing_key, header["kid"])
-        except self._jwt.PyJWKClientConnectionError as error:
-            raise DatabaseUnavailable("The issuer of tokens does not answer with its keys.") from error
+        key = await self._issuer.get(kid)
+        if key is None:
+            raise _refused()
+        return key
 
     def _tenant(self, claims: dict[str, Any]) -> str:
         claim = self._settings.jwt_tenant_claim
@@ -171,4 +193,4 @@ def _same(one: str, other: str) -> bool:
 
 
 def _refused() -> Unauthenticated:
-    return Unauthenticated("The one in this request is not, or not any more.")
+    return Unauthenticated("The API key or token of this request is not valid, or not any more.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
@@ -67,6 +68,8 @@ class PatientProtocol(HttpToolsProtocol):
         """
         self._in_head, self._head_bytes, self._head_end = False, 0, b""
         self._stop()
+        if b"://" in self.url:
+            self._take_host_of_target()
         crowded = len(self.connections) > self._settings.connections_max
         self.app = self.app_state["overloaded"] if crowded else self.config.loaded_app
         super().on_headers_complete()
@@ -77,6 +80,15 @@ class PatientProtocol(HttpToolsProtocol):
             # `bytes += bytes` copies all before it, and a piece may be one byte of a chunked body.
             self.cycle.body = bytearray(self.cycle.body)
         super().on_body(body)
+
+    def _take_host_of_target(self) -> None:
+        """Let the host of a whole URL as target stand in the place of `Host` (RFC 9112, section 3.2.2)."""
+        target = httptools.parse_url(self.url)
+        if target.host is None:
+            return
+        host = b"[%b]" % target.host if b":" in target.host else target.host
+        others = [header for header in self.headers if header[0] != b"host"]
+        self.headers[:] = [*others, (b"host", b"%b:%d" % (host, target.port) if target.port else host)]
 
     def on_response_complete(self) -> None:
         """Give a body that is not read any more, the answer being sent, a last time to end."""

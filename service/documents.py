@@ -170,7 +170,11 @@ class ApiKey(Document):
 
 
 class AuditEntry(Document):
-    """One line of the audit trail: who did what to which conversation, and how it ended."""
+    """One line of the audit trail: who did what to which conversation, and how it ended.
+
+    `method` is an HTTP method, or `COMMAND` for the command line (`status` is then its exit code) and `TASK`
+    for what the service does by itself. `calls` is how many calls the line is for, where it is several.
+    """
 
     at: datetime
     principal: str
@@ -178,9 +182,13 @@ class AuditEntry(Document):
     method: str
     route: str
     status: int
-    request_id: str
+    address: str | None = None
+    request_id: str = ""
+    request_id_by: Literal["caller", "service"] = "service"
     conversation_id: str | None = None
     user_id: str | None = None
+    calls: int = 1
+    what: str | None = None
 
     class Settings:
         """Beanie's settings of the collection."""

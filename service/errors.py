@@ -104,6 +104,20 @@ class ScopeMissing(ChatHistoryError):
     )
 
 
+class HostNotServed(ChatHistoryError):
+    """The request calls the service by a name that is not one of its own."""
+
+    status = 421
+    title = "This host is not served here"
+
+
+class CrossSiteRequest(ChatHistoryError):
+    """A browser sent this for a page of another origin, and there is no authentication."""
+
+    status = 403
+    title = "Pages of other origins may not call this service"
+
+
 class TooManyRequests(ChatHistoryError):
     """The rate of this key or this address is used up. Nothing was done; `Retry-After` says when again."""
 

@@ -22,6 +22,7 @@ class Imported:
     conversations: int = 0
     messages: int = 0
     there: int = 0
+    user_id: str | None = None  # whose export it says that it is
 
 
 class _Lines:
@@ -61,16 +62,17 @@ class _Lines:
 async def import_file(
     lifecycle: Lifecycle,
     path: Path,
+    done: Imported,
     *,
     user_id: str | None = None,
     dry_run: bool = False,
     progress: Progress = lambda _: None,
-) -> Imported:
+) -> None:
     """Import one export, of the user `user_id` alone if that is given.
 
-    Raises InvalidRequest, with the line, and what `Lifecycle.restore` raises.
+    Counts into `done`, which is right also where it fails. Raises InvalidRequest, with the line, and what
+    `Lifecycle.restore` raises.
     """
-    done = Imported()
     with path.open("rb") as file:
         lines: _Lines | None = None
         try:
@@ -81,7 +83,6 @@ async def import_file(
             raise type(error)(
                 f"{path}, line {number}: {error.detail or error.title}", error.faults
             ) from error
-    return done
 
 
 async def _import(
@@ -91,6 +92,7 @@ async def _import(
     if head is None or head.get("type") != "export" or head.get("version") != FORMAT_VERSION:
         raise InvalidRequest(f"This is no export of version {FORMAT_VERSION}.")
     _require_owner(head, user_id)
+    done.user_id = str(head.get("user_id"))
     lines.advance()
     total = 0
     while lines.next is not None and lines.next.get("type") == "conversation":

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -104,15 +104,18 @@ class Keys:
         async with self._database.call():
             return await self._database.transaction(update)
 
-    async def find(self, text: str) -> ApiKey | None:
+    async def find(
+        self, text: str, before_look_up: Callable[[], Awaitable[None]] | None = None
+    ) -> ApiKey | None:
         """Return the key that this text is, if it is one, and neither revoked nor expired.
 
-        Raises DatabaseUnavailable when that cannot be found out.
+        Raises DatabaseUnavailable when that cannot be found out, and what `before_look_up` raises, which is
+        asked before the database is.
         """
         form = _FORM.match(text)
         if form is None:
             return None
-        key = await self._look_up(form[1])
+        key = await self._look_up(form[1], before_look_up)
         # Compared also where there is no such key, so that both take the same time.
         expected = key.secret_sha256 if key is not None else _hash("")
         if not hmac.compare_digest(_hash(form[2]), expected) or key is None:
@@ -127,11 +130,15 @@ class Keys:
             note.add_done_callback(self._notes.discard)
         return key
 
-    async def _look_up(self, key_id: str) -> ApiKey | None:
+    async def _look_up(
+        self, key_id: str, before_look_up: Callable[[], Awaitable[None]] | None
+    ) -> ApiKey | None:
         # Asked once: between two questions what is known may be too old to be known any more.
         known = self._known.get(key_id, _UNKNOWN)
         if not isinstance(known, _Unknown):
             return known
+        if before_look_up is not None:
+            await before_look_up()
         async with self._database.call():
             found = await self._database.read(ApiKey, {"_id": key_id}, limit=1)
         key = _loaded(found[0]) if found else None

@@ -115,7 +115,8 @@ class RequestLog:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        given = _request_id(scope)
+        request_id = given or f"req_{secrets.token_hex(12)}"
         began = time.perf_counter()
         status = 0
 
@@ -126,7 +127,8 @@ class RequestLog:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await send(message)
 
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"], state["request_id_given"] = request_id, given is not None
         structlog.contextvars.bind_contextvars(request_id=request_id)
         try:
             await self._app(scope, receive, send_named)
@@ -162,8 +164,9 @@ def _route(scope: Scope) -> str:
     return str(getattr(scope.get("route"), "path", "(none)"))
 
 
-def _request_id(scope: Scope) -> str:
+def _request_id(scope: Scope) -> str | None:
+    """Return the id that the caller gave the request, if it is a short word."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.match(given := value.decode("latin-1")):
             return str(given)
-    return f"req_{secrets.token_hex(12)}"
+    return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import json
 import os
 import re
@@ -49,6 +51,28 @@ _READ = "names that were read"
 _SECRET_OPTIONS = re.compile(
     r"([?&][^=&]*(?:password|token|secret|authmechanismproperties)[^=&]*=)[^&]*", re.IGNORECASE
 )
+_AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(:[0-9]{0,5})?", re.ASCII)
+
+
+@functools.lru_cache(maxsize=256)
+def host_name(authority: str) -> str | None:
+    """Return the name in `name:port`, as names are compared: lower case, without a last dot; else None.
+
+    An IPv6 address stands in brackets, in its shortest form.
+    """
+    text = authority.strip().lower()
+    if text.count(":") > 1 and not text.startswith("["):
+        text = f"[{text}]"
+    found = _AUTHORITY.fullmatch(text)
+    if found is None:
+        return None
+    name = found[1]
+    if name.startswith("["):
+        try:
+            return f"[{ipaddress.IPv6Address(name[1:-1])}]"
+        except ValueError:
+            return None
+    return name.removesuffix(".") or None
 
 
 class Settings(BaseSettings):
@@ -64,6 +88,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
     workers: int = Field(1, ge=1, le=64, description="Service processes that share the port.")
 
+    hosts: str | None = Field(
+        None,
+        description="Names (commas between) that `Host` may have beside `localhost`; any other is a 421.",
+    )
     insecure: bool = Field(
         False, description="Listen beyond this machine without authentication all the same."
     )
@@ -81,7 +109,8 @@ class Settings(BaseSettings):
         "none", description="Who may call: anybody, the holder of an API key, of a JWT, of either."
     )
     api_key: SecretStr | None = Field(
-        None, description="One API key with every scope, for simple deployments."
+        None,
+        description="One API key with every scope, for simple deployments; 16 characters or more, at random.",
     )
     key_cache_ms: int = Field(
         5_000, ge=0, description="How long a key is known before it is looked up again, revoked or not."
@@ -99,17 +128,20 @@ class Settings(BaseSettings):
     )
     jwt_tenant_claim: str | None = Field(None, description="The claim that names a token's tenant.")
     jwt_leeway_s: int = Field(30, ge=0, le=300, description="By how much clocks may differ.")
-    jwt_jwks_cache_s: int = Field(300, ge=1, description="How long the issuer's keys are kept.")
+    jwt_jwks_cache_s: int = Field(300, ge=1, description="How old the issuer's keys may be.")
     jwt_jwks_retry_s: int = Field(
-        10, ge=0, description="How soon an unknown key makes us ask the issuer again."
+        10, ge=0, description="How soon after an attempt an unknown key makes us ask the issuer again."
     )
 
     rate_per_key: str | None = Field(
         None, description="Requests of one key or one user (`600/minute`); beyond them, 429."
     )
-    rate_per_address: str | None = Field(None, description="Requests of one address; beyond them, 429.")
+    rate_per_address: str | None = Field(
+        None, description="Requests of one address (an IPv6 /64); beyond them, 429."
+    )
     failures_per_address: str = Field(
-        "30/minute", description="Failed authentications of one address; beyond them, 429."
+        "30/minute",
+        description="Failed authentications of one address (an IPv6 /64); beyond them, 429.",
     )
 
     mongodb_url: SecretStr | None = Field(
@@ -266,6 +298,14 @@ class Settings(BaseSettings):
         """Name the `.env` that was read, if there was one."""
         return self._env_file_read
 
+    @field_validator("hosts")
+    @classmethod
+    def _hosts_are_names(cls, value: str | None) -> str | None:
+        for each in (value or "").split(","):
+            if value is not None and host_name(each) is None:
+                raise ValueError(f"{each.strip()!r} is no name or address of a host, as `Host` has it")
+        return value
+
     @field_validator("rate_per_key", "rate_per_address", "failures_per_address")
     @classmethod
     def _rate(cls, value: str | None) -> str | None:
@@ -284,6 +324,8 @@ class Settings(BaseSettings):
             keys = (self.jwt_jwks_url, self.jwt_public_key, self.jwt_secret)
             if sum(each is not None for each in keys) != 1:
                 raise ValueError("jwt needs just one of jwt_jwks_url, jwt_public_key and jwt_secret")
+            if self.jwt_jwks_url is not None and not self.jwt_jwks_url.startswith(("http://", "https://")):
+                raise ValueError("jwt_jwks_url must begin with https:// or http://")
             if self.jwt_issuer is None or self.jwt_audience is None:
                 raise ValueError("jwt needs jwt_issuer and jwt_audience")
         return self
@@ -325,6 +367,12 @@ class Settings(BaseSettings):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    @property
+    def host_names(self) -> frozenset[str]:
+        """Return the names in `hosts`, as names are compared."""
+        named = map(host_name, self.hosts.split(",")) if self.hosts is not None else ()
+        return frozenset(filter(None, named))
 
     @property
     def shortest_retention_days(self) -> int | None:

@@ -18,6 +18,7 @@ from service.api.schemas import (
     ListQuery,
     NewConversation,
     OwnerQuery,
+    Reference,
     json_response,
 )
 from service.chat_service import UNSET
@@ -34,7 +35,10 @@ OWNER = needs.described(OwnerQuery)
     response_model=ConversationOut,
     openapi_extra=bodies.described(NewConversation),
     responses={
-        200: {"model": ConversationOut, "description": "The one that this user has under this id."},
+        200: {
+            "model": ConversationOut | Reference,
+            "description": "The one that this user has under this id; its id alone without the scope `read`.",
+        },
         201: {"headers": {"Location": {"schema": {"type": "string"}}}},
         **answers(errors.ConversationIdTaken, errors.StorageFull, *bodies.PROBLEMS),
     },
@@ -47,6 +51,8 @@ async def create_conversation(request: Request, chat: Chat) -> Response:
     )
     request.state.audited = {"conversation_id": conversation.id, "user_id": conversation.user_id}
     headers = {"Location": f"/conversations/{conversation.id}"} if created else {}
+    if not created and not needs.may_read(request):
+        return json_response({"id": conversation.id})
     return json_response(schemas.conversation_out(conversation), 201 if created else 200, headers)
 
 
@@ -81,14 +87,14 @@ async def get_conversation(chat: Chat, conversation_id: ConversationId, owner: O
 
 @router.patch(
     "/conversations/{conversation_id}",
-    response_model=ConversationOut,
+    response_model=ConversationOut | Reference,
     openapi_extra={**OWNER, **bodies.described(ConversationChanges)},
     responses=answers(errors.ConversationNotFound, errors.StorageFull, *bodies.PROBLEMS),
 )
 async def update_conversation(
     request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner
 ) -> Response:
-    """Change the title, or the metadata as a whole."""
+    """Change the title, or the metadata as a whole. Without the scope `read` the answer is the id alone."""
     body = await bodies.read_small(request, ConversationChanges)
     given = body.model_fields_set
     changed = await chat.update_conversation(
@@ -98,7 +104,8 @@ async def update_conversation(
         metadata=body.metadata if "metadata" in given else UNSET,
         expires_at=body.expires_at if "expires_at" in given else UNSET,
     )
-    return json_response(schemas.conversation_out(changed))
+    shown = schemas.conversation_out(changed) if needs.may_read(request) else {"id": changed.id}
+    return json_response(shown)
 
 
 @router.delete(

@@ -20,6 +20,8 @@ from service.api.schemas import (
     NewMessage,
     NewMessages,
     OwnerQuery,
+    Reference,
+    References,
     json_response,
 )
 from service.chat_service import Appended, Batch, Json
@@ -36,14 +38,14 @@ OWNER = needs.described(OwnerQuery)
 @router.post(
     "",
     status_code=201,
-    response_model=MessageOut | MessagePage,
+    response_model=MessageOut | MessagePage | Reference | References,
     openapi_extra={
         "parameters": [*OWNER["parameters"], needs.KEY_PARAMETER],
         **bodies.described(NewMessage, NewMessages),
     },
     responses={
         200: {
-            "model": MessageOut | MessagePage,
+            "model": MessageOut | MessagePage | Reference | References,
             "description": "An earlier request had stored this.",
             "headers": {"Idempotent-Replayed": {"schema": {"const": "true"}}},
         },
@@ -63,7 +65,10 @@ async def append(
     owner: Owner,
     key: IdempotencyKey,
 ) -> Response:
-    """Append one message (the object), or a batch (`{"messages": [...]}`)."""
+    """Append one message (the object), or a batch (`{"messages": [...]}`).
+
+    Without the scope `read` the answer has the ids alone.
+    """
 
     def made(body: Any) -> tuple[Batch, bool]:
         one = not (isinstance(body, dict) and "messages" in body and "role" not in body)
@@ -72,9 +77,11 @@ async def append(
         return chat.batch_of(_batch(body), idempotency_key=key), one
 
     batch, one = await bodies.read(request, made)
-    appended = await chat.append(conversation_id, batch, owner.user_id)
+    with needs.conflicts_for(request):
+        appended = await chat.append(conversation_id, batch, owner.user_id)
     del batch  # it may be large, and so may the answer be
-    return await payloads.beside(appended.size, lambda: _answer(appended, one=one))
+    shown = needs.may_read(request)
+    return await payloads.beside(appended.size, lambda: _answer(appended, one=one, shown=shown))
 
 
 def _batch(body: Json) -> list[Any]:
@@ -85,8 +92,10 @@ def _batch(body: Json) -> list[Any]:
     return body["messages"]
 
 
-def _answer(appended: Appended, *, one: bool) -> Response:
+def _answer(appended: Appended, *, one: bool, shown: bool) -> Response:
     stored = appended.messages
+    if not shown:
+        stored = [{"id": message["id"]} for message in stored]
     body = stored[0] if one else {"data": stored, "has_more": False, "next": None}
     if appended.replayed:
         return json_response(body, 200, {"Idempotent-Replayed": "true"})
@@ -185,9 +194,14 @@ pop_router = APIRouter(tags=["messages"])
     "/conversations/{conversation_id}/pop",
     response_model=MessageOut,
     openapi_extra=OWNER,
-    responses={204: {"description": "There is no message."}, **answers(errors.ConversationNotFound)},
+    responses={
+        204: {"description": "There is no message, or the caller has no scope `read` to be told of it."},
+        **answers(errors.ConversationNotFound),
+    },
 )
-async def pop(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
+async def pop(request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
     """Delete the newest message and return it. Not to be repeated: it would delete another."""
     message = await chat.pop_message(conversation_id, owner.user_id)
-    return Response(status_code=204) if message is None else json_response(message)
+    if message is None or not needs.may_read(request):
+        return Response(status_code=204)
+    return json_response(message)

@@ -6,8 +6,9 @@ Queries are read by Pydantic at once and not by FastAPI, which takes five times 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Path, Request
@@ -17,7 +18,7 @@ from pydantic import BaseModel, StringConstraints, TypeAdapter, ValidationError
 from service.auth import Principal
 from service.chat_service import ChatService
 from service.documents import Id
-from service.errors import UserNotFound
+from service.errors import IdempotencyConflict, UserNotFound
 from service.lifecycle import Lifecycle
 
 M = TypeVar("M", bound=BaseModel)
@@ -43,6 +44,23 @@ async def _chat(request: Request) -> ChatService:
     principal.require("read" if request.method in _READING else "write")
     service: ChatService = request.app.state.chat
     return service.of(principal.scope)
+
+
+def may_read(request: Request) -> bool:
+    """Tell whether the caller may be told what is stored; whoever only writes is told ids."""
+    principal: Principal = request.state.principal
+    return "read" in principal.scopes
+
+
+@contextlib.contextmanager
+def conflicts_for(request: Request) -> Iterator[None]:
+    """Say no more of a conflict than that there is one to whoever may not read what is stored."""
+    try:
+        yield
+    except IdempotencyConflict as error:
+        if may_read(request):
+            raise
+        raise IdempotencyConflict("This key or these ids stand for other messages.") from error
 
 
 async def _users(request: Request) -> Lifecycle:

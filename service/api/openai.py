@@ -27,6 +27,7 @@ from service.api.openai_schemas import (
     OpenAIItem,
     OpenAIItemList,
     OpenAIMetadata,
+    OpenAIReference,
 )
 from service.api.problems import openai_answers
 from service.api.schemas import json_response
@@ -91,7 +92,7 @@ def _described(*models: Any, body: Any = None, key: bool = False) -> dict[str, A
 
 @router.post(
     "/conversations",
-    response_model=OpenAIConversation,
+    response_model=OpenAIConversation | OpenAIReference,
     openapi_extra=_described(body=NewOpenAIConversation, key=True),
     responses=openai_answers(errors.IdempotencyConflict, errors.StorageFull, *bodies.PROBLEMS),
 )
@@ -107,11 +108,12 @@ async def create_conversation(request: Request, chat: Chat, user: User, key: Ide
 
     body, batch = await bodies.read(request, made)
     owner = user or _owner_in(body.metadata) or request.app.state.settings.default_user_id
-    conversation = await chat.start_conversation(
-        owner, batch=batch, metadata=body.metadata, idempotency_key=key
-    )
+    with needs.conflicts_for(request):
+        conversation = await chat.start_conversation(
+            owner, batch=batch, metadata=body.metadata, idempotency_key=key
+        )
     request.state.audited = {"conversation_id": conversation.id, "user_id": conversation.user_id}
-    return json_response(_conversation(conversation))
+    return json_response(_written(request, conversation))
 
 
 def _owner_in(metadata: dict[str, str] | None) -> str | None:
@@ -185,7 +187,7 @@ async def retrieve_conversation(
 
 @router.post(
     "/conversations/{conversation_id}",
-    response_model=OpenAIConversation,
+    response_model=OpenAIConversation | OpenAIReference,
     openapi_extra=_described(body=OpenAIMetadata),
     responses=openai_answers(errors.ConversationNotFound, errors.StorageFull, *bodies.PROBLEMS),
 )
@@ -196,7 +198,7 @@ async def update_conversation(
     await needs.no_query(request)
     body = await bodies.read_small(request, OpenAIMetadata)
     changed = await chat.update_conversation(conversation_id, user, metadata=body.metadata)
-    return json_response(_conversation(changed))
+    return json_response(_written(request, changed))
 
 
 @router.delete(
@@ -243,13 +245,17 @@ async def create_items(
         return _batch(chat, bodies.checked(value, NewOpenAIItems).items, key)
 
     batch = await bodies.read(request, made)
-    appended = await chat.append(conversation_id, batch, user)
+    with needs.conflicts_for(request):
+        appended = await chat.append(conversation_id, batch, user)
     del batch  # it may be large, and so may the answer be
-    return await payloads.beside(appended.size, lambda: _items(appended))
+    shown = needs.may_read(request)
+    return await payloads.beside(appended.size, lambda: _items(appended, shown=shown))
 
 
-def _items(appended: Appended) -> Response:
+def _items(appended: Appended, *, shown: bool) -> Response:
     stored = [item for message in appended.messages for item in openai_items.items_of(message)]
+    if not shown:
+        stored = [{"id": item["id"], "type": item["type"]} for item in stored]
     headers = {"Idempotent-Replayed": "true"} if appended.replayed else {}
     return json_response(_list(stored, has_more=False), headers=headers)
 
@@ -355,7 +361,7 @@ async def retrieve_item(
 
 @router.delete(
     "/conversations/{conversation_id}/items/{item_id}",
-    response_model=OpenAIConversation,
+    response_model=OpenAIConversation | OpenAIReference,
     openapi_extra=_described(),
     responses=openai_answers(errors.ConversationNotFound, errors.MessageNotFound),
 )
@@ -372,10 +378,10 @@ async def delete_item(
     if item_id not in {item["id"] for item in items}:
         raise MessageNotFound("There is no item with this id in this conversation.")
     if len(items) > 1:
-        why = f"is a part of a message of {len(items)} items, which can only be deleted as a message"
+        why = "is a part of a message of several items, which can only be deleted as a message"
         raise _invalid("path.item_id", why)
     await chat.delete_message(conversation_id, item_id, user)
-    return json_response(_conversation(await chat.get_conversation(conversation_id, user)))
+    return json_response(_written(request, await chat.get_conversation(conversation_id, user)))
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -388,6 +394,13 @@ def _conversation(conversation: Conversation) -> Json:
         "created_at": int(conversation.created_at.timestamp()),
         "metadata": conversation.metadata,
     }
+
+
+def _written(request: Request, conversation: Conversation) -> Json:
+    """Answer a write, with the id alone for a caller without the scope `read`."""
+    if needs.may_read(request):
+        return _conversation(conversation)
+    return {"id": conversation.id, "object": "conversation"}
 
 
 def _list(data: list[Json], *, has_more: bool) -> Json:

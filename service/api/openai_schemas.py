@@ -87,6 +87,15 @@ class OpenAIConversation(BaseModel):
     metadata: dict[str, Any]
 
 
+class OpenAIReference(BaseModel):
+    """What a key without the scope `read` is told of a conversation: the id."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+    object: Literal["conversation"]
+
+
 class OpenAIConversationDeleted(BaseModel):
     """A conversation that is no more."""
 

@@ -61,12 +61,14 @@ _ALWAYS: tuple[type[ChatHistoryError], ...] = (
     errors.DatabaseUnavailable,
     errors.Unauthenticated,
     errors.ScopeMissing,
+    errors.CrossSiteRequest,
+    errors.HostNotServed,
     errors.TooManyRequests,
 )
 
 
 def answers(*problems: type[ChatHistoryError]) -> dict[int | str, dict[str, Any]]:
-    """Declare for OpenAPI which of our errors a route can answer with; 422, 500 and 503 always."""
+    """Declare for OpenAPI which of our errors a route can answer with; what any may, always."""
     titles: dict[int, list[str]] = {}
     for problem in (*problems, *_ALWAYS):
         titles.setdefault(problem.status, []).append(problem.title)

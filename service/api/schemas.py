@@ -128,6 +128,24 @@ class MessageOut(MessageFields):
     created_at: AwareDatetime
 
 
+class Reference(BaseModel):
+    """What a key without the scope `read` is told of what it wrote: the id."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+
+
+class References(BaseModel):
+    """What a key without the scope `read` is told of a batch that it wrote: the ids."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: list[Reference]
+    has_more: Literal[False]
+    next: None
+
+
 class ConversationPage(BaseModel):
     """A page of conversations; `next` is the cursor to go on with."""
 

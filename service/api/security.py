@@ -5,6 +5,8 @@ It stands before the routes, so that no route can forget it: what is not listed 
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +15,7 @@ from cachetools import TTLCache
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.browsers import Browsers
 from service.api.problems import respond
 from service.audit import Audit
 from service.auth import ANYBODY, Authenticator, Principal
@@ -67,7 +70,7 @@ def _raw(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 class Gate:
-    """ASGI: lets a request pass as its principal, or answers it with a 401, 429 or 503.
+    """ASGI: lets a request pass as its principal, or answers it with a 401, 403, 421, 429 or 503.
 
     The principal is in the request's state. Limits are counted in this process.
     """
@@ -76,21 +79,26 @@ class Gate:
         self._app = app
         self._open = settings.auth == "none"
         self._settings = settings
+        self._browsers = Browsers(settings)
         self._rates = Rates(settings)
         # Credentials that were good a while ago, so that those who only guess cost nobody else.
         self._known_good: TTLCache[int, bool] = TTLCache(_ADDRESSES_MOST, _KNOWN_GOOD_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or scope["path"] in _OWN_GATE:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         state = scope.setdefault("state", {})
         said: dict[str, str] = {}
         try:
-            state["principal"] = await self._principal(scope, said)
+            self._browsers.check(scope, PUBLIC)
+            if scope["path"] not in _OWN_GATE:
+                await self._admit(scope, said)
         except ChatHistoryError as error:
             state["problem"] = error.slug()
+            if self._settings.audit_days:
+                self._note_refused(scope, error.status)
             await respond(error, scope, self._settings.retry_after_s)(scope, receive, send)
             return
         status = 500  # what it becomes where nothing else was answered
@@ -108,7 +116,7 @@ class Gate:
         try:
             await self._app(scope, receive, send_with)
         finally:
-            if self._settings.audit_days and scope["path"] not in PUBLIC:
+            if self._settings.audit_days and scope["path"] not in PUBLIC and "principal" in state:
                 self._note(scope, state["principal"], status)
 
     @staticmethod
@@ -122,36 +130,90 @@ class Gate:
             method=scope["method"],
             route=str(getattr(scope.get("route"), "path", "(none)")),
             status=status,
-            request_id=scope["state"].get("request_id", ""),
             conversation_id=_word(named.get("conversation_id")),
-            user_id=_word(named.get("user_id")),
+            # Whoever is one user reads that user's, whatever user was asked for.
+            user_id=principal.scope.user_id or _word(named.get("user_id")),
+            **_origin(scope),
         )
 
-    async def _principal(self, scope: Scope, said: dict[str, str]) -> Principal:
-        """Return who is calling, and put into `said` what is left of the rates."""
-        address = scope["client"][0] if scope.get("client") else ""
+    @staticmethod
+    def _note_refused(scope: Scope, status: int) -> None:
+        """Note a call that came no further, by whom if that is known."""
+        audit: Audit = scope["app"].state.audit
+        principal: Principal | None = scope["state"].get("principal")
+        origin = _origin(scope)
+        audit.note_refused(
+            (status, principal, _counted(origin["address"] or "")),
+            principal=principal.name if principal is not None else "(unknown)",
+            tenant=principal.scope.tenant if principal is not None else "",
+            method=scope["method"],
+            route="(refused)",
+            status=status,
+            **origin,
+        )
+
+    async def _admit(self, scope: Scope, said: dict[str, str]) -> None:
+        """Put into the state who is calling, and into `said` what is left of the rates."""
+        address = _counted(scope["client"][0]) if scope.get("client") else ""
         if self._rates.per_address:
             said |= await self._rates.hit(self._rates.per_address, "address", address)
         if scope["path"] in PUBLIC:
-            return ANYBODY
+            scope["state"]["principal"] = ANYBODY
+            return
         principal = ANYBODY if self._open else await self._authenticated(scope, address)
+        scope["state"]["principal"] = principal
         if self._rates.per_key:
-            said |= await self._rates.hit(self._rates.per_key, "key", principal.name)
-        return principal
+            # No tenant's name has a newline, so no two callers are one.
+            who = f"{principal.scope.tenant}\n{principal.name}"
+            said |= await self._rates.hit(self._rates.per_key, "key", who)
 
     async def _authenticated(self, scope: Scope, address: str) -> Principal:
         credential = _credential(Headers(scope=scope))
-        known = credential is not None and hash(credential) in self._known_good
-        if not known:
-            await self._rates.require(self._rates.failures, "failures", address)
+        if credential is None:
+            # Nothing was tried, so there is nothing to count.
+            raise Unauthenticated(
+                "This request has no API key or token, or two that differ. Send one, as `Authorization: "
+                "Bearer …` or as `X-API-Key`."
+            )
+        known = hash(credential)
+
+        async def before_look_up() -> None:
+            if known not in self._known_good:
+                await self._rates.require(self._rates.failures, "failures", address)
+
         authenticator: Authenticator = scope["app"].state.authenticator
         try:
-            principal = await authenticator.authenticate(credential)
+            principal = await authenticator.authenticate(credential, before_look_up)
         except Unauthenticated:
-            await self._rates.count(self._rates.failures, "failures", address)
+            self._known_good.pop(known, None)
+            await self._rates.hit(self._rates.failures, "failures", address)
             raise
-        self._known_good[hash(credential)] = True
+        self._known_good[known] = True
         return principal
+
+
+def _origin(scope: Scope) -> dict[str, str | None]:
+    """Return where a request came from, and its id, which is the caller's own word where he gave one."""
+    state = scope["state"]
+    return {
+        "address": scope["client"][0] if scope.get("client") else None,
+        "request_id": state.get("request_id", ""),
+        "request_id_by": "caller" if state.get("request_id_given") else "service",
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def _counted(address: str) -> str:
+    """Return as what an address is counted: of IPv6 the /64, of which one caller has all."""
+    if ":" not in address:
+        return address
+    try:
+        parsed = ipaddress.IPv6Address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64)))
 
 
 def _word(text: str | None) -> str | None:
@@ -160,12 +222,12 @@ def _word(text: str | None) -> str | None:
 
 
 def _credential(headers: Headers) -> str | None:
-    """Return the one key or token of a request; two that differ are none."""
+    """Return the one key or token of a request; two that differ are none, nor is an empty one."""
     given = {value.strip() for value in headers.getlist("x-api-key")}
     for value in headers.getlist("authorization"):
         scheme, _, credential = value.partition(" ")
         given.add(credential.strip() if scheme.lower() == "bearer" else "")
-    return given.pop() if len(given) == 1 else None
+    return (given.pop() or None) if len(given) == 1 else None
 
 
 class Rates:
@@ -205,11 +267,6 @@ class Rates:
                 left = await self._limiter.get_window_stats(limit, kind, who)
                 seconds = max(1, round(left.reset_time - time.time()))
                 raise _too_many(limit, kind, {"Retry-After": str(seconds)})
-
-    async def count(self, limits: Sequence[Any], kind: str, who: str) -> None:
-        """Count, whether or not it is too many."""
-        for limit in limits:
-            await self._limiter.hit(limit, kind, who)
 
 
 def _parsed(rates: str | None) -> list[Any]:

@@ -330,10 +330,10 @@ def test_a_rotated_key_of_the_issuer_is_found_and_the_old_one_ends(closed: Servi
     assert get(closed, path, issuer.token()).status_code == 200
     assert get(closed, path, old).status_code == 401
     # Keys that nobody has do not make us ask again and again.
-    fetched = issuer.fetched
+    fetched, began = issuer.fetched, time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: get(closed, path, issuer.token(kid=f"none-{n}")), range(50)))
-    assert issuer.fetched - fetched <= 3
+    assert issuer.fetched - fetched <= 3 + (time.monotonic() - began)  # one a second, on a slow machine too
     # Gone for a moment, the issuer is missed by nobody whose key is known.
     issuer.gone = True
     assert get(closed, path, issuer.token()).status_code == 200

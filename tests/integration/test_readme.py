@@ -100,8 +100,9 @@ def test_every_file_that_the_readme_names_exists(path: str) -> None:
     assert (README.parent / path).exists()
 
 
-def test_every_test_that_the_readme_names_exists() -> None:
-    named = set(re.findall(r"`(test_\w+)`", README.read_text()))
+def test_every_test_that_the_documentation_names_exists() -> None:
+    pages = [README, *(README.parent / "docs").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"`(test_\w+)`", page.read_text())}
     defined: set[str] = set()
     for module in (README.parent / "tests").rglob("test_*.py"):
         defined |= {module.stem, *re.findall(r"def (test_\w+)", module.read_text())}

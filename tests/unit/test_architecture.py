@@ -31,7 +31,7 @@ LAYERS = {
         "times",
     },
     "keys": {"database", "documents", "errors", "payloads", "settings", "times"},
-    "auth": {"errors", "keys", "scopes", "settings"},
+    "auth": {"errors", "issuer", "keys", "scopes", "settings"},
     "lifecycle": {
         "chat_service",
         "database",
