@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import deque
 
 import httptools
 import structlog
@@ -28,6 +29,7 @@ _EMPTY_LINE = b"\r\n\r\n"
 _CHUNK_FRAME_BYTES = 20
 _HOST = re.compile(rb"([\w.~!$&'()*+,;=%-]*|\[[0-9A-Fa-f:.]+\])(:\d*)?\Z", re.ASCII)
 
+_NOWHERE: deque[tuple[bytes, bytes]] = deque(maxlen=0)
 _NOT_HTTP = "This is not a request of HTTP/1.1."
 
 log = structlog.get_logger(__name__)
@@ -55,6 +57,7 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
+        self._settings: Settings = self.app_state["settings"]
         self._surplus = len(self.connections) > self._settings.connections_max
         self._expect_bytes_within(self._settings.header_timeout_ms)
 
@@ -84,6 +87,8 @@ class PatientProtocol(HttpToolsProtocol):
                 break
             start, self._parsed = self._parsed, self._end_of_piece()
             self._feed(self._buffer[start : self._parsed])
+        if self._overhead and not self._in_body and self._read_clock is None:
+            self._expect_bytes_within(self._settings.header_timeout_ms)  # for the rest of a head
         kept = max(0, self._parsed - len(_EMPTY_LINE) + 1)
         self._buffer, self._parsed = self._buffer[kept:], self._parsed - kept
 
@@ -137,17 +142,12 @@ class PatientProtocol(HttpToolsProtocol):
         self.parser.feed_data(b"\r\n".join(lines) + _EMPTY_LINE)
 
     def on_message_begin(self) -> None:
-        """Give a head its time, and a connection one request at a time."""
+        """End the wait for a request; what is not there of it when all was parsed has a time of its own."""
         if self._in_body or self._is_answering():
             raise MalformedRequest("A request began inside another.")
         super().on_message_begin()
         self._unset_keepalive_if_required()
-        self._expect_bytes_within(self._settings.header_timeout_ms)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header, and ignore a trailer: it could name another user, or another address."""
-        if not self._in_body:
-            super().on_header(name, value)
+        self._expect_nothing()
 
     def on_headers_complete(self) -> None:
         """From here on the application waits, for the body, with a time of its own.
@@ -162,6 +162,8 @@ class PatientProtocol(HttpToolsProtocol):
         self.app = self.app_state["overloaded"] if crowded else self.config.loaded_app
         super().on_headers_complete()
         self._in_body, self._overhead = True, 0
+        # What httptools still tells of as headers are trailers. They could name another user or address.
+        self.headers = _NOWHERE  # type: ignore[assignment]
         if crowded:
             self.cycle.keep_alive = False
 
@@ -283,8 +285,3 @@ class PatientProtocol(HttpToolsProtocol):
         if self._read_clock is not None:
             self._read_clock.cancel()
             self._read_clock = None
-
-    @property
-    def _settings(self) -> Settings:
-        settings: Settings = self.app_state["settings"]
-        return settings
