@@ -61,6 +61,7 @@ def serve(
         _fail("CHAT_TRACING needs the extra: pip install 'chat-history-database[otel]'.")
     logs.configure(settings)
     _log_what_was_read(settings)
+    settings = _with_room_for_connections(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     with contextlib.ExitStack() as stack:
@@ -84,6 +85,33 @@ def _log_what_was_read(settings: Settings) -> None:
         log.info("env_file_read", file=str(settings.env_file_read))
     if settings.unknown_variables:
         log.warning("unknown_variables", names=settings.unknown_variables)
+
+
+def _with_room_for_connections(settings: Settings) -> Settings:
+    """Allow the process two descriptors for each connection, or lower the limit of connections to half.
+
+    The other half is for the database, and for those who are told that there are too many: without a
+    descriptor they would be reset instead.
+    """
+    try:
+        import resource
+    except ImportError:
+        return settings  # Windows has no such limit
+    wanted = 2 * settings.connections_max
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses more than a limit of its own
+            room = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (room, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return settings
+    structlog.get_logger(__name__).warning(
+        "connections_max_lowered",
+        detail=f"The process may open {soft} descriptors, so CHAT_CONNECTIONS_MAX is {soft // 2} "
+        f"and not {settings.connections_max}. Raise the limit (`ulimit -n {wanted}`) or lower the setting.",
+    )
+    return _settings(connections_max=soft // 2)
 
 
 def _tracing_is_installed() -> bool:

@@ -58,6 +58,20 @@ class MalformedBody(ChatHistoryError):
     title = "The body is not JSON"
 
 
+class MalformedRequest(ChatHistoryError):
+    """What came is not a request by the rules of HTTP/1.1. The connection ends."""
+
+    status = 400
+    title = "The request is not valid HTTP"
+
+
+class HeadersTooLarge(ChatHistoryError):
+    """The request line and the headers, or a body's trailers, are more than `CHAT_HEADER_BYTES_MAX`."""
+
+    status = 431
+    title = "The headers are too large"
+
+
 class BodyTooLarge(ChatHistoryError):
     """The body is larger than its call allows, or is made of more values than the service parses at once."""
 
