@@ -131,7 +131,7 @@ class Keys:
         return key
 
     async def _look_up(
-        self, key_id: str, before_look_up: Callable[[], Awaitable[None]] | None
+        self, key_id: str, before_look_up: Callable[[], Awaitable[None]] | None = None
     ) -> ApiKey | None:
         # Asked once: between two questions what is known may be too old to be known any more.
         known = self._known.get(key_id, _UNKNOWN)

@@ -16,7 +16,7 @@ import pytest
 from tests.harness import Service, append, create, new_id, running, whole_history
 
 MEGABYTE = 1_000_000
-HEAD = "Host: x\r\nContent-Type: application/json\r\n"
+HEAD = "Host: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_when_the_disk_fills_appends_are_507_and_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_client_that_never_reads_its_stream_disturbs_nobody_and_is_ended(impat
         assert len(whole_history(client, conversation, limit=50)) == 400
         before = resident_bytes(impatient.process.pid)
         path = f"/conversations/{conversation}/messages"
-        head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAccept: application/x-ndjson\r\n\r\n"
+        head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n"
         deaf = [connect(impatient, head) for _ in range(10)]
         time.sleep(1.5)
         assert_others_are_served(client)

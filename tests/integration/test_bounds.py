@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pymongo.errors import OperationFailure
 
 from service.chat_service import ChatService
 from service.database import Database
-from service.errors import ConversationNotFound
+from service.errors import ConversationNotFound, InvalidRequest
 from service.settings import Settings
 from tests.harness import Service, append, create, history, new_id, running
 
@@ -311,29 +312,47 @@ def test_a_name_with_more_than_254_dots_is_refused_with_its_path(
     assert fits.status_code in {200, 201}, fits.text
 
 
-def test_title_and_metadata_that_are_too_large_together_are_refused(client: httpx.Client) -> None:
+@contextlib.asynccontextmanager
+async def without_http(service: Service) -> AsyncIterator[ChatService]:
+    """The service module itself, since a body of HTTP with metadata is smaller than what these tests need."""
+    settings = Settings(mongodb_url=service.database_url, database_timeout_ms=60_000)
+    database = Database(settings)
+    await database.open()
+    try:
+        yield ChatService(database, settings)
+    finally:
+        await database.close()
+
+
+async def test_title_and_metadata_that_are_too_large_together_are_refused(service: Service) -> None:
     fits, title = {"x": "y" * (16 * MIB - 1024 - 100)}, "😀" * 1_000
-    user = new_id("user")
-    about = {"user_id": user, "id": new_id(), "metadata": fits}
-    refused = client.post("/conversations", json=about | {"title": title})
-    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "$.metadata")
-    conversation = client.post("/conversations", json=about)
-    assert conversation.status_code == 201
-    path = f"/conversations/{about['id']}"
-    for changes, at in (({"title": title}, "$.title"), ({"title": title, "metadata": fits}, "$.metadata")):
-        refused = client.patch(path, json=changes)
-        assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, at), refused.text
-    assert client.get(path).json()["title"] is None
-    assert client.patch(path, json={"title": title, "metadata": {}}).status_code == 200
-    refused = client.patch(path, json={"metadata": fits})
-    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "$.metadata")
-    assert append(client, about["id"], {"role": "user"})[0]["seq"] == 1
+    user, conversation = new_id("user"), new_id()
+    async with without_http(service) as chat:
+
+        async def refused(call: Any) -> str:
+            with pytest.raises(InvalidRequest) as caught:
+                await call
+            return caught.value.faults[0].path
+
+        create = chat.get_or_create_conversation
+        assert await refused(create(user, conversation, metadata=fits, title=title)) == "$.metadata"
+        await create(user, conversation, metadata=fits)
+        change = chat.update_conversation
+        assert await refused(change(conversation, title=title)) == "$.title"
+        assert await refused(change(conversation, title=title, metadata=fits)) == "$.metadata"
+        assert (await chat.get_conversation(conversation)).title is None
+        await change(conversation, title=title, metadata={})
+        assert await refused(change(conversation, metadata=fits)) == "$.metadata"
+        assert (await chat.add_message(conversation, {"role": "user"})).messages[0]["seq"] == 1
+        await chat.delete_conversation(conversation)
 
 
-def test_metadata_whose_exact_copy_does_not_fit_beside_it_is_refused(client: httpx.Client) -> None:
+async def test_metadata_whose_exact_copy_does_not_fit_beside_it_is_refused(service: Service) -> None:
     metadata = {"a": {"$id": 1, "$ref": "y" * (9 * MIB)}}
-    refused = client.post("/conversations", json={"user_id": "ada", "metadata": metadata})
-    assert (refused.status_code, refused.json()["errors"][0]["path"]) == (422, "$.metadata"), refused.text
+    async with without_http(service) as chat:
+        with pytest.raises(InvalidRequest) as caught:
+            await chat.get_or_create_conversation("ada", metadata=metadata)
+        assert caught.value.faults[0].path == "$.metadata"
 
 
 @pytest.mark.parametrize("how", ["delete", "cut off"])

@@ -23,7 +23,8 @@ from tests.integration.test_bad_days import MEGABYTE, ends, resident_bytes
 
 # After an answer uvicorn waits 5 s for the next request; the rest is for a slow machine.
 IDLE_ENDS_WITHIN_S = 14.0
-LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+HOST = b"Host: localhost\r\n"
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -131,7 +132,7 @@ class Wire:
 
 
 def post(path: str, body: bytes, *lines: str, chunked: bool = False) -> bytes:
-    head = "".join(f"{each}\r\n" for each in (f"POST {path} HTTP/1.1", "Host: x", *lines))
+    head = "".join(f"{each}\r\n" for each in (f"POST {path} HTTP/1.1", "Host: localhost", *lines))
     head += "Content-Type: application/json\r\n"
     if chunked:
         half = len(body) // 2
@@ -141,7 +142,7 @@ def post(path: str, body: bytes, *lines: str, chunked: bool = False) -> bytes:
 
 
 def marked(mark: str, path: str = "/health/live") -> bytes:
-    return f"GET {path} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {mark}\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nX-Request-ID: {mark}\r\n\r\n".encode()
 
 
 def stream(mark: str, path: str) -> bytes:
@@ -242,48 +243,52 @@ def test_callers_behind_one_proxy_never_get_each_others_answers(impatient: Servi
 
 BODY = b"Content-Length: 3\r\n"
 MALFORMED = {
-    "both lengths": b"Host: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    "both, the other way": b"Host: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
-    "two lengths": b"Host: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
-    "two equal lengths": b"Host: x\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
-    "a list of lengths": b"Host: x\r\nContent-Length: 3, 3\r\n\r\nabc",
-    "a signed length": b"Host: x\r\nContent-Length: +3\r\n\r\nabc",
-    "a negative length": b"Host: x\r\nContent-Length: -3\r\n\r\nabc",
-    "a length in hex": b"Host: x\r\nContent-Length: 0x3\r\n\r\nabc",
-    "a length that overflows": b"Host: x\r\nContent-Length: 99999999999999999999999\r\n\r\nabc",
-    "xchunked": b"Host: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
-    "chunked, identity": b"Host: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
-    "a folded header": b"Host: x\r\nX-A: b\r\n c\r\n" + BODY + b"\r\nabc",
-    "a folded upgrade": b"Host: x\r\nConnection: Upgrade\r\nUpgrade:\r\n foo\r\n" + BODY + b"\r\nabc",
-    "a space before the colon": b"Host: x\r\nContent-Length : 3\r\n\r\nabc",
-    "a space before the colon of upgrade": b"Host: x\r\nConnection: upgrade\r\nUpgrade : foo\r\n\r\n",
-    "a header without a colon": b"Host: x\r\nfoo\r\n\r\n",
-    "a bare CR": b"Host: x\r\nX-A: b\rc\r\n\r\n",
-    "a NUL": b"Host: x\r\nX-A: b\0c\r\n\r\n",
-    "a bare LF": b"Host: x\r\nX-A: b\nX-B: c\r\n\r\n",
+    "both lengths": b"Host: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "both, the other way": HOST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n0\r\n\r\n",
+    "two lengths": b"Host: localhost\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd",
+    "two equal lengths": b"Host: localhost\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc",
+    "a list of lengths": b"Host: localhost\r\nContent-Length: 3, 3\r\n\r\nabc",
+    "a signed length": b"Host: localhost\r\nContent-Length: +3\r\n\r\nabc",
+    "a negative length": b"Host: localhost\r\nContent-Length: -3\r\n\r\nabc",
+    "a length in hex": b"Host: localhost\r\nContent-Length: 0x3\r\n\r\nabc",
+    "a length that overflows": b"Host: localhost\r\nContent-Length: 99999999999999999999999\r\n\r\nabc",
+    "xchunked": b"Host: localhost\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "chunked, identity": b"Host: localhost\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "a folded header": b"Host: localhost\r\nX-A: b\r\n c\r\n" + BODY + b"\r\nabc",
+    "a folded upgrade": b"Host: localhost\r\nConnection: Upgrade\r\nUpgrade:\r\n foo\r\n" + BODY + b"\r\nabc",
+    "a space before the colon": b"Host: localhost\r\nContent-Length : 3\r\n\r\nabc",
+    "a space before the colon of upgrade": b"Host: localhost\r\nConnection: upgrade\r\nUpgrade : foo\r\n\r\n",
+    "a header without a colon": b"Host: localhost\r\nfoo\r\n\r\n",
+    "a bare CR": b"Host: localhost\r\nX-A: b\rc\r\n\r\n",
+    "a NUL": b"Host: localhost\r\nX-A: b\0c\r\n\r\n",
+    "a bare LF": b"Host: localhost\r\nX-A: b\nX-B: c\r\n\r\n",
     "no Host": b"Content-Length: 0\r\n\r\n",
-    "two Hosts": b"Host: x\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
-    "two Hosts that differ": b"Host: x\r\nhost: y\r\nContent-Length: 0\r\n\r\n",
+    "two Hosts": b"Host: localhost\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n",
+    "two Hosts that differ": b"Host: localhost\r\nhost: y\r\nContent-Length: 0\r\n\r\n",
     "a Host with a space": b"Host: a b\r\nContent-Length: 0\r\n\r\n",
     "a Host with a path": b"Host: a/b\r\nContent-Length: 0\r\n\r\n",
     "a Host with a user": b"Host: a@b\r\nContent-Length: 0\r\n\r\n",
     "two in one Host": b"Host: a, b\r\nContent-Length: 0\r\n\r\n",
-    "a chunk size with LF": b"Host: x\r\n" + CHUNKED + b"3\nabc\r\n0\r\n\r\n",
-    "a chunk size with 0x": b"Host: x\r\n" + CHUNKED + b"0x3\r\nabc\r\n0\r\n\r\n",
-    "a chunk size that overflows": b"Host: x\r\n" + CHUNKED + b"fffffffffffffffff\r\nabc\r\n0\r\n\r\n",
-    "a negative chunk size": b"Host: x\r\n" + CHUNKED + b"-3\r\nabc\r\n0\r\n\r\n",
-    "a chunk longer than it says": b"Host: x\r\n" + CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n",
+    "a chunk size with LF": b"Host: localhost\r\n" + CHUNKED + b"3\nabc\r\n0\r\n\r\n",
+    "a chunk size with 0x": b"Host: localhost\r\n" + CHUNKED + b"0x3\r\nabc\r\n0\r\n\r\n",
+    "a chunk size that overflows": b"Host: localhost\r\n"
+    + CHUNKED
+    + b"fffffffffffffffff\r\nabc\r\n0\r\n\r\n",
+    "a negative chunk size": b"Host: localhost\r\n" + CHUNKED + b"-3\r\nabc\r\n0\r\n\r\n",
+    "a chunk longer than it says": b"Host: localhost\r\n" + CHUNKED + b"3\r\nabcd\r\n0\r\n\r\n",
 }
 WHOLE = {
     "HTTP/0.9": b"GET /health/live\r\n\r\n",
-    "HTTP/2.0": b"GET /health/live HTTP/2.0\r\nHost: x\r\n\r\n",
-    "HTTP/1.2": b"GET /health/live HTTP/1.2\r\nHost: x\r\n\r\n",
+    "HTTP/2.0": b"GET /health/live HTTP/2.0\r\nHost: localhost\r\n\r\n",
+    "HTTP/1.2": b"GET /health/live HTTP/1.2\r\nHost: localhost\r\n\r\n",
     "the preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-    "CONNECT": b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n" + LIVE,
-    "CONNECT that upgrades": b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: a\r\n\r\n",
-    "two Hosts in HTTP/1.0": b"GET /health/live HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n",
+    "CONNECT": b"CONNECT x:443 HTTP/1.1\r\nHost: localhost\r\n\r\n" + LIVE,
+    "CONNECT that upgrades": b"CONNECT x:1 HTTP/1.1\r\n"
+    + HOST
+    + b"Connection: upgrade\r\nUpgrade: a\r\n\r\n",
+    "two Hosts in HTTP/1.0": b"GET /health/live HTTP/1.0\r\nHost: localhost\r\nHost: y\r\n\r\n",
     "a handshake of TLS": bytes.fromhex("16030100050100000100"),
-    "no method": b" / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "no method": b" / HTTP/1.1\r\nHost: localhost\r\n\r\n",
 }
 
 
@@ -304,7 +309,7 @@ def test_what_is_no_request_is_a_400_and_the_connection_ends(impatient: Service,
 
 def test_what_is_unusual_and_a_request_is_served(impatient: Service) -> None:
     body = b'{"user_id": "ada"}'
-    start = b"POST /conversations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    start = b"POST /conversations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     chunks = b"%x;a=b\r\n%s\r\n000\r\nX-Trailer: y\r\nConnection: Upgrade\r\nUpgrade: foo\r\n\r\n" % (
         len(body),
         body,
@@ -315,8 +320,7 @@ def test_what_is_unusual_and_a_request_is_served(impatient: Service) -> None:
         start + b"Transfer-Encoding: identity, chunked\r\n\r\n" + chunks,
         start + CHUNKED + tiny,
         b"\r\n\r\n" + start + b"Content-Length: %d\r\n\r\n" % len(body) + body,
-        start.replace(b"Host: x", b"Host:") + CHUNKED + chunks,
-        start.replace(b"Host: x", b"Host: [::1]:8000") + CHUNKED + chunks,
+        start.replace(b"Host: localhost", b"Host: [::1]:8000") + CHUNKED + chunks,
     ):
         with Wire(impatient, request + marked("next")) as wire:
             assert wire.statuses(2) == [201, 200], request[:200]
@@ -331,7 +335,7 @@ def test_http_1_0_is_answered_and_the_connection_ends(impatient: Service) -> Non
 
 
 def test_a_body_that_goes_wrong_after_its_answer_is_not_answered_again(impatient: Service) -> None:
-    with Wire(impatient, b"POST /nowhere HTTP/1.1\r\nHost: x\r\n" + CHUNKED + b"1\r\na\r\n") as wire:
+    with Wire(impatient, b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED + b"1\r\na\r\n") as wire:
         assert wire.statuses(1) == [404]
         wire.send(b"no chunk\r\n" + LIVE)
         assert wire.statuses() == [404]
@@ -408,7 +412,7 @@ def test_what_has_no_end_in_a_chunked_body_ends_the_connection(
 ) -> None:
     assert impatient.process is not None
     begin, more = ENDLESS[case]
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode() + CHUNKED
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode() + CHUNKED
     before = resident_bytes(impatient.process.pid)
     with Wire(impatient, head + begin) as wire:
         accepted = 0
@@ -458,7 +462,7 @@ def test_requests_without_end_that_nobody_reads_the_answers_of_are_not_kept(
     impatient: Service, long_history: str
 ) -> None:
     assert impatient.process is not None
-    request = f"GET {long_history}?limit=1 HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    request = f"GET {long_history}?limit=1 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     before = grown = resident_bytes(impatient.process.pid)
     log_begins = len(impatient.output())
     wires = [Wire(impatient) for _ in range(30)]
@@ -498,8 +502,8 @@ IDLE = {
     "sends empty lines after a body that was late": (post("/nowhere", b"{}"), b"\r\n"),
     "drips a body that is not wanted": (post("/nowhere", b"x" * 500)[:-400], b"x"),
     "drips a body that is wanted": (post("/conversations", b"x" * 500)[:-400], b"x"),
-    "drips chunks": (b"POST /nowhere HTTP/1.1\r\nHost: x\r\n" + CHUNKED, b"1\r\na\r\n"),
-    "drips trailers": (b"POST /nowhere HTTP/1.1\r\nHost: x\r\n" + CHUNKED + b"0\r\n", b"a: b\r\n"),
+    "drips chunks": (b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED, b"1\r\na\r\n"),
+    "drips trailers": (b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED + b"0\r\n", b"a: b\r\n"),
     "drips after an error": (b"no request\r\n\r\n", b"x"),
 }
 
@@ -630,17 +634,17 @@ SEEDS = range(1, 161)
 FAULTS = [
     b"no request\r\n\r\n",
     b"GET /health/live HTTP/1.1\r\n\r\n",
-    b"GET /health/live HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
-    b"POST /nowhere HTTP/1.1\r\nHost: x\r\n" + CHUNKED + b"g\r\n",
-    b"POST /nowhere HTTP/1.1\r\nHost: x\r\n" + CHUNKED + b"0\r\n" + b"a: b\r\n" * 40_000,
-    b"POST /conversations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nHost: y\r\n\r\n",
+    b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED + b"g\r\n",
+    b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED + b"0\r\n" + b"a: b\r\n" * 40_000,
+    b"POST /conversations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     + CHUNKED
     + b"1;"
     + b"x" * 200_000,
-    b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
-    b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET /health/live HTTP/1.1\r\nHost: x\r\nX-Half",
-    b"POST /conversations HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 99\r\n\r\n{",
+    b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
+    b"CONNECT x:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /health/live HTTP/1.1\r\nHost: localhost\r\nX-Half",
+    b"POST /conversations HTTP/1.1\r\n" + HOST + b"Content-Type: text/plain\r\nContent-Length: 99\r\n\r\n{",
 ]
 
 
@@ -691,7 +695,7 @@ def _request(chance: random.Random, mark: str, *, last: bool) -> bytes:
     chance.shuffle(lines)
     if chance.random() < 0.4:
         path = chance.choice(["/health/live", "/nowhere", "/openapi.json", f"/conversations?user_id={user}"])
-        return "\r\n".join([f"GET {path} HTTP/1.1", "Host: x", *lines, "\r\n"]).encode()
+        return "\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", *lines, "\r\n"]).encode()
     path = chance.choice(["/conversations", "/conversations", "/nowhere"])
     body = chance.choice(
         [

@@ -133,7 +133,7 @@ def test_a_malformed_message_is_a_500_that_shows_nothing_of_it(handmade: Any) ->
             append(client, "c", {"role": "user", "content": "x"}, {"role": "user", "content": "y"})
             key = database.messages.find_one({"seq": 2})["_id"]
             database.messages.update_one(
-                {"_id": key}, {"$unset": {"user_id": ""}, "$set": {"content": SECRET}}
+                {"_id": key}, {"$unset": {"created_at": ""}, "$set": {"content": SECRET}}
             )
             answer = client.get("/conversations/c/messages")
             assert (answer.status_code, SECRET in answer.text) == (500, False)

@@ -13,7 +13,7 @@ import pytest
 
 from tests.harness import append, new_id, running, whole_history
 
-HEAD = "Host: x\r\nContent-Type: application/json\r\n"
+HEAD = "Host: localhost\r\nContent-Type: application/json\r\n"
 JSON = {"content-type": "application/json"}
 
 

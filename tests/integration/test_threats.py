@@ -84,6 +84,9 @@ def test_a_host_that_is_not_ours_is_not_served(client: httpx.Client, host: str) 
     for method, path in [*GATED, ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing")]:
         headers = {"Host": host.encode("latin-1")}
         answer = client.request(method, re.sub(r"\{\w+\}", "c", path), headers=headers)
+        if answer.status_code == 400:  # no host can be called so, which the connection refuses itself
+            assert answer.json()["type"].endswith("malformed-request")
+            continue
         assert answer.status_code == 421, (method, path)
         said = answer.json()
         detail = said["error"]["message"] if path.startswith("/v1") else said["detail"]

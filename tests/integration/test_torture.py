@@ -41,10 +41,10 @@ async def test_what_was_acknowledged_survives_any_kill_exactly_once_in_order(
     limits = {"database_timeout_ms": 2_000, "server_selection_timeout_ms": 500, "log_level": "warning"}
     (tmp_path / "second").mkdir()
     first = Service(tmp_path, **limits)
+    first.start()
     second = Service(tmp_path / "second", mongodb_url=first.database_url, **limits)
     toll = Toll()
     try:
-        first.start()
         second.start()
         conversations = [new_id() for _ in range(3)]
         with first.client() as client:
