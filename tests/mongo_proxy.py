@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import bson
 import pymongo
@@ -126,6 +127,7 @@ class MongoProxy(Proxy):
         host, port = parse_uri(url)["nodelist"][0]
         assert host in {"127.0.0.1", "localhost"}, "the engine must be on this machine"
         super().__init__(int(port))
+        self._target_url = urlsplit(url)
         self.database = database
         self.hide_engine = hide_engine
         self.rules: list[Rule] = []
@@ -138,17 +140,24 @@ class MongoProxy(Proxy):
 
     @property
     def url(self) -> str:
-        options = "directConnection=true&retryWrites=false"
-        return f"mongodb://127.0.0.1:{self.port}/{self.database}?{options}"
+        return self._url(self.port, self.database)
 
     @property
     def engine(self) -> pymongo.MongoClient[Document]:
         """A client of the engine itself, past the proxy."""
         if self._engine is None:
-            self._engine = pymongo.MongoClient(
-                f"mongodb://127.0.0.1:{self.target}/?directConnection=true&retryWrites=false", tz_aware=True
-            )
+            self._engine = pymongo.MongoClient(self._url(self.target), tz_aware=True)
         return self._engine
+
+    def _url(self, port: int, database: str = "") -> str:
+        """Name the engine at a port, with the user, password and options by which it was named to us."""
+        user, at, _ = self._target_url.netloc.rpartition("@")
+        options = {
+            **dict(parse_qsl(self._target_url.query)),
+            "directConnection": "true",
+            "retryWrites": "false",
+        }
+        return f"mongodb://{user}{at}127.0.0.1:{port}/{database}?{urlencode(options)}"
 
     @property
     def latest(self) -> Any:
