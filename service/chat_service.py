@@ -117,6 +117,9 @@ _FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
 _PAUSE_S = 0.005
 _PAUSE_S_MAX = 0.25
 
+# The type of an element that is a string, as BSON writes it.
+_BSON_STRING = 2
+
 UNSET: Any = object()
 
 
@@ -1455,8 +1458,18 @@ def _broken_counter(key: Key) -> BrokenCounter:
 
 
 def _is_of(owner: str, raw: bytes) -> bool:
-    """Tell whether a stored message says that it is this user's, without decoding it."""
-    return bson.encode({"user_id": owner})[4:-1] in raw
+    """Tell whether a stored message says that it is this user's, without decoding what it says beside that.
+
+    Only its own field counts: what a caller wrote into a message may have the same name, and the same bytes.
+    """
+    at = 4
+    while raw[at] == _BSON_STRING:  # as are all fields that the service writes before this one
+        end = raw.index(0, at)
+        size = int.from_bytes(raw[end + 1 : end + 5], "little")
+        if raw[at + 1 : end] == b"user_id":
+            return raw[end + 5 : end + 4 + size] == owner.encode()
+        at = end + 5 + size
+    return payloads.decode_anything(raw).get("user_id") == owner  # made by hand, in another order
 
 
 def _no_message(message_id: str) -> MessageNotFound:

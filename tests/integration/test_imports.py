@@ -155,6 +155,23 @@ def test_an_import_knows_its_own_last_batch_whose_answer_was_lost(
     assert len(whole_history(client, conversation)) == 3
 
 
+@pytest.mark.parametrize(
+    "said", [{"metadata": {"user_id": "bob"}}, {"content": "\x02user_id\0\x04\0\0\0bob\0"}]
+)
+def test_a_message_becomes_nobodys_by_what_is_written_in_it(
+    service: Service, client: httpx.Client, said: Any
+) -> None:
+    conversation = create(client, new_id(), user="bob")
+    append(client, conversation, {"role": "user", "id": "m1"})
+    with MongoClient[dict[str, Any]](service.database_url) as operator:
+        messages = operator.get_default_database().messages
+        messages.update_one({"_id": f"{conversation}/m1"}, {"$set": {"user_id": "ada", **said}})
+    path = f"/conversations/{conversation}"
+    assert client.get(f"{path}/messages/m1").status_code == 404
+    assert client.get(f"/v1{path}/items/m1").status_code == 404
+    assert client.get(f"{path}/messages").json()["data"] == []
+
+
 def test_what_an_older_version_left_of_an_import_is_shown_to_nobody(
     service: Service, client: httpx.Client, tmp_path: Path
 ) -> None:
