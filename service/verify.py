@@ -6,6 +6,7 @@ a service that writes: a conversation that changed while it was read is read aga
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,6 +26,7 @@ _WINDOW_SEQS = 1_000
 # What the invariants are about; not what a message says, which may be large.
 _FIELDS = ("conversation_id", "user_id", "seq", "created_at")
 _ATTEMPTS = 5
+_REMOVED_AT_ONCE = 100
 # What reads a whole collection in one command takes as long as that is large.
 _WHOLE_COLLECTION_S = 3_600.0
 _NOT_WELL_FORMED = "it is not well formed"
@@ -259,14 +261,17 @@ class Verifier:
         here, and the conversation's owner must not get them.
         """
 
-        async def remove(transaction: Transaction) -> None:
-            for message_id, owner in remains:
+        async def remove(some: list[tuple[str, str]], transaction: Transaction) -> None:
+            for message_id, owner in some:
                 named = {"_id": message_id, "conversation_id": conversation_id, "user_id": owner}
                 await Message.find(named).delete(session=transaction.session)
 
         if self._repair:
-            async with self._database.call():
-                await self._database.transaction(remove)
+            # In parts: an import may have left any number, and one call has one call's time for it.
+            for begin in range(0, len(remains), _REMOVED_AT_ONCE):
+                some = remains[begin : begin + _REMOVED_AT_ONCE]
+                async with self._database.call():
+                    await self._database.transaction(functools.partial(remove, some))
         what = f"{len(remains)} messages of another user stand behind its last one"
         self._note(conversation_id, what, "mended: removed" if self._repair else "")
 

@@ -153,6 +153,21 @@ def test_what_needs_no_guess_is_named_and_mended(broken: Any, damage: Any, says:
     assert (code, len(lines)) == (0, 1)
 
 
+def test_any_number_of_messages_that_an_import_left_is_removed(broken: Any, service: Service) -> None:
+    """Each part of them in the time of one call, which would not do for all of them."""
+    check, database = broken
+    message = first(database)
+    database.messages.insert_many(
+        message | {"_id": f"{message['conversation_id']}/theirs{seq}", "user_id": "another", "seq": seq}
+        for seq in range(6, 2_006)
+    )
+    url = on_database(service.database_url, database.name)
+    code, lines = verify(service, "--repair", CHAT_MONGODB_URL=url, CHAT_DATABASE_TIMEOUT_MS="2000")
+    assert (code, "2000 messages of another user stand behind its last one" in lines[0]) == (0, True), lines
+    assert database.messages.count_documents({}) == 5
+    assert check()[0] == 0
+
+
 @pytest.mark.parametrize(("damage", "says"), LEFT, ids=[each.__name__ for each, _ in LEFT])
 def test_what_would_be_a_guess_is_named_and_left(broken: Any, damage: Any, says: str) -> None:
     check, database = broken
