@@ -117,6 +117,8 @@ _FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
 _PAUSE_S = 0.005
 _PAUSE_S_MAX = 0.25
 
+# What the service's own fields of a message take at most (see MESSAGE_BYTES_MAX).
+_HEADER_BYTES_MAX = 1_024
 # The type of an element that is a string, as BSON writes it.
 _BSON_STRING = 2
 
@@ -648,7 +650,8 @@ class ChatService:
         Returns how many there were; an import that is going on is none of them.
         """
         async with self._database.call():
-            found = await self._database.read(Conversation, {"user_id": NOBODY})
+            # By their ids alone, for what they hold may be large.
+            found = await self._database.read(Conversation, {"user_id": NOBODY}, fields=["_id"])
         ids = [payloads.decode_anything(each)["_id"] for each in found]
         return await one_by_one(self._database, "deletion_not_finished", ids, self.finish_deletion)
 
@@ -787,7 +790,9 @@ class ChatService:
         if first is None:
             ids = [message_key(key, each) for each in batch.ids]
             named = {"_id": {"$in": ids}, "conversation_id": key}
-            others = await self._database.read(Message, named, session=transaction.session)
+            others = await self._database.read(
+                Message, named, session=transaction.session, fields=["user_id"]
+            )
             if not others:
                 return None
             if any(not _is_of(conversation.user_id, each) for each in others):
@@ -795,8 +800,13 @@ class ChatService:
             raise IdempotencyConflict("Some of these messages are stored already, and some are not.")
         low, count = first["seq"] - 1, len(batch.messages)
         span = Span(key, low, low + count + 1)
-        session = transaction.session
-        documents = await self._database.read(Message, span.query(), sort=_ASC, session=session)
+        # What stands there may be of any size: no more is read than this batch could take, twice where the
+        # engine keeps an exact copy, and the next message, whatever its size.
+        size = sum(len(message.fields) for message in batch.messages)
+        budget = Budget(2 * size + (count + 1) * _HEADER_BYTES_MAX + MESSAGE_BYTES_MAX)
+        documents = await self._database.read(
+            Message, span.query(), sort=_ASC, session=transaction.session, budget=budget
+        )
         await payloads.beside(sum(map(len, documents)), lambda: _require_same(batch, documents))
         return documents[:count]
 

@@ -141,6 +141,12 @@ def test_a_page_of_64_messages_of_4_mb_is_read_in_bounded_memory(
     assert (len(page["data"]), page["has_more"], page["next"]) == (8, True, 8)
     # 32 MiB as they came, decoded and as JSON, and one batch of 16 MiB beyond them; 64 would be 256 MB once.
     assert megabytes() < 250
+    # What stands behind a message whose id comes again is read as far as this batch could be that.
+    batch = [{"role": "user", "id": page["data"][0]["id"]}, *({"role": "user"} for _ in range(63))]
+    with grown(service) as megabytes:
+        answer = client.post(f"/conversations/{conversation}/messages", json={"messages": batch})
+    assert answer.status_code == 409, answer.text
+    assert megabytes() < 150
     client.delete(f"/conversations/{conversation}")
 
 
