@@ -13,6 +13,7 @@ All of it can be interrupted anywhere and taken up again:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import functools
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -145,17 +146,17 @@ class Lifecycle:
                 await Erasure(id=owner, active_at=now).insert(session=transaction.session)
 
         async def count(transaction: Transaction, messages: int) -> None:
-            gone = {
-                "$inc": {"conversations": 1, "messages": messages},
-                "$set": {"active_at": datetime.now(UTC)},
-            }
-            await self._database.update(Erasure, named, gone, transaction.session)
+            now, session = datetime.now(UTC), transaction.session
+            gone = {"$inc": {"conversations": 1, "messages": messages}, "$set": {"active_at": now}}
+            if await self._database.update(Erasure, named, gone, session) is None:
+                # Another request has ended its own erasure meanwhile, and taken the count that was there.
+                await Erasure(id=owner, active_at=now, conversations=1, messages=messages).insert(
+                    session=session
+                )
 
-        try:
-            async with self._database.call():
+        async with self._database.call():
+            with contextlib.suppress(DuplicateKeyError):  # another request has just begun the same
                 await self._database.transaction(begin)
-        except DuplicateKeyError:
-            pass  # another request has just begun the same
         while page := await self._of_owner(owner):
             for owned in page:
                 try:
@@ -293,7 +294,7 @@ class Lifecycle:
         """Return the conversation that an import would find under this id, as `_take_id` does."""
         async with self._database.call():
             found = await self._database.read(Conversation, {"_id": key}, limit=1)
-        stored = _standing(found, owner)
+            stored = _standing(found, owner)
         deleting = stored is not None and stored.user_id == NOBODY and stored.importing is None
         return None if deleting else stored
 
@@ -320,12 +321,12 @@ class Lifecycle:
             return found
 
         for _ in range(_ATTEMPTS):
-            try:
-                async with self._database.call():
+            async with self._database.call():
+                try:
                     found = await self._database.transaction(take)
-            except DuplicateKeyError:
-                continue  # taken just now, by another request or by our own first run
-            stored = _standing(found, owner)
+                except DuplicateKeyError:
+                    continue  # taken just now, by another request or by our own first run
+                stored = _standing(found, owner)
             if stored is None or stored.user_id != NOBODY:
                 return stored
             if not await self._chat.finish_deletion(key):

@@ -9,12 +9,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from service.chat_service import ChatService
+from service.database import Database
+from service.settings import Settings
 from tests.harness import Service, append, contents, create, new_id, running, whole_history
+from tests.integration.test_imports import big_export
 from tests.integration.test_lifecycle import command
 from tests.mongo_proxy import MongoProxy, mongo_proxied
 
@@ -305,6 +310,46 @@ def test_a_receipt_is_not_lost_with_the_answer_of_the_last_commit(
     assert lost.done == 2
     assert receipt.status_code == 200, receipt.text
     assert (receipt.json()["conversations"], receipt.json()["messages"]) == (1, 2)
+
+
+def test_an_erasure_that_another_request_has_just_begun_or_ended_goes_on_and_counts(
+    proxy: MongoProxy, ours: httpx.Client
+) -> None:
+    user = new_id("user")
+    append(ours, create(ours, new_id(), user=user), MESSAGE, MESSAGE)
+    begun = proxy.fail("insert", 11000, "DuplicateKey", when=lambda each: each["insert"] == "erasures")
+    receipt = ours.delete(f"/users/{user}")
+    assert (begun.done, receipt.status_code) == (1, 200), receipt.text
+    # There is no count of the other request any more, so this one begins its own.
+    assert (receipt.json()["conversations"], receipt.json()["messages"]) == (1, 2)
+    assert not proxy.latest.erasures.count_documents({})
+
+
+def test_an_import_whose_id_is_taken_this_moment_looks_again(
+    proxy: MongoProxy, on_it: Service, tmp_path: Path
+) -> None:
+    conversation, file = new_id(), tmp_path / "ada.ndjson"
+    big_export(file, conversation, count=2)
+    taken = proxy.fail("insert", 11000, "DuplicateKey", when=lambda each: each["insert"] == "conversations")
+    done = command(on_it, "import", str(file))
+    assert (taken.done, done.returncode) == (1, 0), done.stderr
+    assert proxy.latest.messages.count_documents({"conversation_id": conversation}) == 2
+
+
+async def test_what_is_being_deleted_is_looked_up_without_what_it_holds(
+    proxy: MongoProxy, ours: httpx.Client
+) -> None:
+    conversation = create(ours, new_id())
+    proxy.latest.conversations.update_one({"_id": conversation}, {"$set": {"user_id": ""}})
+    settings = Settings(mongodb_url=proxy.url, database_timeout_ms=60_000)
+    database = Database(settings)
+    await database.open()
+    try:
+        assert await ChatService(database, settings).finish_deletions() == 1
+    finally:
+        await database.close()
+    (look,) = [each for each in proxy.commands("find") if each["filter"] == {"user_id": ""}]
+    assert look["projection"] == {"_id": 1}
 
 
 def test_a_key_is_not_lost_with_the_answer_of_a_commit(proxy: MongoProxy, on_it: Service) -> None:
