@@ -148,8 +148,9 @@ async def list_conversations(
     answer = _list(
         list(map(_conversation, shown)), has_more=page.has_more or len(page.conversations) > len(shown)
     )
-    if shown:
-        answer["last_id"] = schemas.cursor(ListPosition(shown[-1].updated_at, shown[-1].id))
+    if query.limit and page.edge is not None:
+        # Where the page ends, which may be behind a conversation that cannot be shown.
+        answer["last_id"] = schemas.cursor(page.edge)
     return json_response(answer)
 
 

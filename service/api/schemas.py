@@ -20,7 +20,7 @@ from pydantic import (
 )
 from starlette.responses import Response, StreamingResponse
 
-from service.chat_service import ConversationList, History, ListPosition, is_id
+from service.chat_service import ConversationList, History, ListPosition
 from service.documents import Conversation, Id, MessageFields, Seq, Time, Title
 from service.errors import Fault, InvalidRequest
 from service.roles import Role
@@ -298,7 +298,8 @@ def position(word: str) -> ListPosition:
         ms, _, conversation_id = text.partition(":")
         found = ListPosition(_EPOCH + timedelta(milliseconds=int(ms)), conversation_id)
         # What is read is only a cursor of ours if it is written in the same way.
-        if is_id(conversation_id) and cursor(found) == word:
+        # Its id may be any that somebody gave a conversation by hand, lest the list end there.
+        if "/" not in conversation_id and cursor(found) == word:
             return found
     why = "is not a cursor of this service"
     raise InvalidRequest(f"query.cursor {why}.", [Fault("query.cursor", why)])

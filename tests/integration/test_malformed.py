@@ -110,13 +110,31 @@ def test_a_malformed_conversation_leaves_the_rest_of_a_list_and_is_named_by_the_
                     break
                 query["cursor"] = page["next"]
             assert sorted(seen) == [f"c{number}" for number in range(5)]
+            # A conversation that is well formed but for its id is where a page may end, too.
+            database.conversations.insert_one(conversation("an id; made by hand", updated_at=PAST))
+            create(client, "old")
+            database.conversations.update_one(
+                {"_id": "old"}, {"$set": {"updated_at": PAST - timedelta(days=1)}}
+            )
+            for path, named, goes_on, place in (
+                ("/conversations", "user_id", "cursor", "next"),
+                ("/v1/conversations", "user", "after", "last_id"),
+            ):
+                seen, query = [], {named: "ada", "limit": 1}
+                for _ in range(20):
+                    page = client.get(path, params=query).json()
+                    seen += [each["id"] for each in page["data"]]
+                    if not page["has_more"]:
+                        break
+                    query[goes_on] = page[place]
+                assert sorted(seen) == ["an id; made by hand", *(f"c{number}" for number in range(5)), "old"]
             for call in ("/conversations/bad1", "/conversations/bad1/messages", "/users/ada/export"):
                 answer = client.get(call)
                 assert answer.status_code == 500, (call, answer.text)
                 assert answer.json()["type"].endswith("malformed-document")
                 assert SECRET not in answer.text
             # Erasing a user erases what is not well formed, too.
-            assert client.delete("/users/ada").json()["conversations"] == 8
+            assert client.delete("/users/ada").json()["conversations"] == 10
             assert not database.conversations.count_documents({})
             assert client.delete("/users/ada").json()["conversations"] == 0
     finally:
