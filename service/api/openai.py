@@ -37,6 +37,7 @@ from service.errors import ConversationNotFound, Fault, InvalidRequest, MessageN
 
 PREFIX = "/v1"
 _USER_HEADER = "X-User-Id"
+_PART_BYTES = 64
 _INCLUDED = frozenset({"include", "include[]"})  # all that is stored is always included
 USER_PARAMETER = {
     "name": _USER_HEADER,
@@ -307,22 +308,34 @@ async def list_items(
     query: Annotated[ItemsQuery, needs.query(ItemsQuery, ignored=_INCLUDED)],
 ) -> Response:
     """List items, newest first unless `order=asc`. A page may end, and the next begin, inside a message."""
-    found: list[Json] = []
     backwards = query.order == "desc"
+    behind: list[Json] = []
     edge: dict[str, Any] = {}
     if query.after is not None:
-        message = await _message(chat, conversation_id, query.after, user)
-        found = _beyond(openai_items.items_of(message), query.after, backwards)
-        edge = {"before" if backwards else "after": message["seq"]}
+        behind = [await _message(chat, conversation_id, query.after, user)]
+        edge = {"before" if backwards else "after": behind[0]["seq"]}
     # A message is at least one item, so one more than the limit is enough to know whether more follow.
     page = await chat.get_chat_history(
         conversation_id, user, limit=_page(request, query.limit + 1), order=query.order, **edge
     )
-    for message in page.messages:
-        items = openai_items.items_of(message)
-        found += reversed(items) if backwards else items
-    shown = found[: query.limit]
-    return json_response(_list(shown, has_more=page.has_more or len(found) > len(shown)))
+
+    def listed() -> Response:
+        found: list[Json] = []
+        if query.after is not None:
+            found += _beyond(openai_items.items_of(behind[0]), query.after, backwards)
+        for message in page.messages:
+            items = openai_items.items_of(message)
+            found += reversed(items) if backwards else items
+        shown = found[: query.limit]
+        return json_response(_list(shown, has_more=page.has_more or len(found) > len(shown)))
+
+    return await payloads.beside(_size([*behind, *page.messages]), listed)
+
+
+def _size(messages: list[Json]) -> int:
+    """Return about how much work it is to read these messages as items: a part or a call is so many bytes."""
+    lists = (message.get(name) for message in messages for name in ("content", "tool_calls"))
+    return sum(len(each) * _PART_BYTES for each in lists if isinstance(each, list))
 
 
 def _beyond(items: list[Json], item_id: str, backwards: bool) -> list[Json]:
@@ -353,11 +366,15 @@ async def retrieve_item(
     _query: Annotated[ItemQuery, needs.query(ItemQuery, ignored=_INCLUDED)],
 ) -> Response:
     """Retrieve an item."""
-    items = openai_items.items_of(await _message(chat, conversation_id, item_id, user))
-    found = next((item for item in items if item["id"] == item_id), None)
-    if found is None:
-        raise MessageNotFound("There is no item with this id in this conversation.")
-    return json_response(found)
+    message = await _message(chat, conversation_id, item_id, user)
+
+    def retrieved() -> Response:
+        found = next((each for each in openai_items.items_of(message) if each["id"] == item_id), None)
+        if found is None:
+            raise MessageNotFound("There is no item with this id in this conversation.")
+        return json_response(found)
+
+    return await payloads.beside(_size([message]), retrieved)
 
 
 @router.delete(
@@ -375,7 +392,8 @@ async def delete_item(
     delete more than was asked for.
     """
     await needs.no_query(request)
-    items = openai_items.items_of(await _message(chat, conversation_id, item_id, user))
+    message = await _message(chat, conversation_id, item_id, user)
+    items = await payloads.beside(_size([message]), lambda: openai_items.items_of(message))
     if item_id not in {item["id"] for item in items}:
         raise MessageNotFound("There is no item with this id in this conversation.")
     if len(items) > 1:

@@ -10,6 +10,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -260,8 +261,12 @@ def test_a_large_text_that_looks_like_json_is_not_counted_as_values(
             "$.content" + "[0]" * 89,
         ),
         (b'{"a":["\\"[",{"k,]}":' + b"[" * 100_000, '$.a[1]["k,]}"]' + "[0]" * 87),
+        (
+            b'{"name":"' + b'\\"' * 6 * MIB + b"\\" * 6 * MIB + b'","content":' + b"[" * 2_000,
+            "$.content" + "[0]" * 89,
+        ),
     ],
-    ids=["lists", "objects", "behind a text", "never closed"],
+    ids=["lists", "objects", "behind a text", "never closed", "behind escapes"],
 )
 def test_what_is_nested_too_deep_is_refused_with_its_path(
     client: httpx.Client, conversation: str, body: bytes, path: str
@@ -325,23 +330,40 @@ def test_health_is_answered_while_a_large_body_is_refused(
     service: Service, conversation: str, body: Callable[[], bytes]
 ) -> None:
     content = body()
-    ended = threading.Event()
-    answered = 0
 
     def send() -> None:
         with service.client() as sending:
             post(sending, f"/conversations/{conversation}/messages", content)
-        ended.set()
 
-    sender = threading.Thread(target=send)
-    with service.client() as asking:
+    assert health_checks_while(service, send) > 5
+
+
+@pytest.mark.parametrize("field", ["content", "tool_calls"])
+def test_health_is_answered_while_a_message_of_many_parts_is_read_as_items(
+    service: Service, conversation: str, field: str
+) -> None:
+    def read(path: str) -> None:
+        with service.client() as reading:
+            reading.get(path).raise_for_status()
+
+    with service.client() as client:
+        (stored,) = append(client, conversation, {"role": "assistant", field: [0] * 200_000})
+    items = f"/v1/conversations/{conversation}/items"
+    for path in (f"{items}?limit=1", f"{items}/{stored['id']}"):
+        assert health_checks_while(service, lambda path=path: read(path)) > 5  # type: ignore[misc]
+
+
+def health_checks_while(service: Service, work: Callable[[], None]) -> int:
+    """How many health checks were answered, one after the other, while the work was done in a thread."""
+    answered = 0
+    with service.client() as asking, ThreadPoolExecutor(1) as beside:
         asking.get("/health/live")
-        sender.start()
-        while not ended.is_set():
+        done = beside.submit(work)
+        while not done.done():
             asking.get("/health/live").raise_for_status()
             answered += 1
-        sender.join()
-    assert answered > 5
+        done.result()
+    return answered
 
 
 async def test_large_work_is_done_one_at_a_time_beside_the_loop() -> None:
