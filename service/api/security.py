@@ -116,12 +116,16 @@ class Gate:
         try:
             await self._app(scope, receive, send_with)
         finally:
-            if self._settings.audit_days and scope["path"] not in PUBLIC and "principal" in state:
-                self._note(scope, state["principal"], status)
+            if self._settings.audit_days and scope["path"] not in PUBLIC:
+                self._note(scope, status)
 
-    @staticmethod
-    def _note(scope: Scope, principal: Principal, status: int) -> None:
+    def _note(self, scope: Scope, status: int) -> None:
         """Note who did what to which conversation, in the audit trail."""
+        principal: Principal | None = scope["state"].get("principal")
+        if principal is None:  # at a gate of its own
+            if status == Unauthenticated.status:
+                self._note_refused(scope, status)
+            return
         audit: Audit = scope["app"].state.audit
         named = {**scope.get("path_params", {}), **scope["state"].get("audited", {})}
         audit.note(

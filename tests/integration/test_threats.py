@@ -953,6 +953,13 @@ def test_the_trail_has_foreign_hosts_and_pages(tmp_path: Path) -> None:
         wait_for(lambda: {each["status"] for each in entries(service)} == {421, 403})
 
 
+def test_the_trail_has_who_tried_to_read_the_metrics(tmp_path: Path) -> None:
+    with running(tmp_path, audit_days=7, metrics="true", metrics_token="metrics-" + "x" * 32) as service:
+        with bearer(service, "another") as http:
+            assert [http.get("/metrics").status_code for _ in range(5)] == [401] * 5
+        wait_for(lambda: len(entries(service, status=401, route="(refused)")) == 1)
+
+
 def test_the_trail_has_what_the_command_line_did(closed: Service, both: str, tmp_path: Path) -> None:
     def command(*arguments: str) -> None:
         subprocess.run(
