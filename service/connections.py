@@ -198,6 +198,7 @@ class PatientProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Count what is content, and so what is not; gather pieces that come faster than they are read."""
         self._overhead -= len(body) + _CHUNK_FRAME_BYTES
+        self.expect_100_continue = False  # it is not waited for, or was given: the rest of the body follows
         if self.cycle.body and not isinstance(self.cycle.body, bytearray):
             # `bytes += bytes` copies all before it, and a piece may be one byte of a chunked body.
             self.cycle.body = bytearray(self.cycle.body)

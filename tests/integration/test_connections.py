@@ -30,7 +30,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    limits = {"header_timeout_ms": 2_000, "body_timeout_ms": 3_000, "send_timeout_ms": 2_000}
+    limits = {"header_timeout_ms": 2_000, "body_timeout_ms": 3_000, "send_timeout_ms": 2_000, "hosts": "x"}
     with running(tmp_path_factory.mktemp("connections"), **limits) as service:
         yield service
 
@@ -357,6 +357,21 @@ def test_expect_100_continue_is_answered_before_the_body(impatient: Service) -> 
         wire.send(LIVE)
         assert wire.statuses() == [404]
         assert wire.ended
+
+
+def test_a_body_that_was_asked_for_is_taken_whole_though_it_is_refused_meanwhile(impatient: Service) -> None:
+    # A connection that is closed while its client sends is reset, and the answer may be lost with it.
+    chunk = b"10000\r\n" + b" " * 65_536 + b"\r\n"
+    request = post("/conversations", b"", "Expect: 100-continue", chunked=True).removesuffix(b"0\r\n\r\n")
+    with Wire(impatient, request) as wire:
+        assert wire.statuses(1) == [100]
+        for _ in range(50):
+            wire.send(chunk)
+        assert wire.statuses(2) == [100, 413]
+        for _ in range(100):
+            wire.send(chunk)
+        wire.send(b"0\r\n\r\n" + LIVE)
+        assert wire.statuses(3) == [100, 413, 200]
 
 
 # -- trailers, and what has no end -----------------------------------------------------------------------
