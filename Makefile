@@ -9,7 +9,7 @@ PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3; do \
 	&& { echo $$each; break; }; done)
 PIP_INSTALL = PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help run test bench compat check format lint types constraints clean
+.PHONY: help run test bench compat check format lint types settings constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ types: .venv/.dev
 format: .venv/.dev ## format the code, and mend what lint can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+settings: .venv/.run ## write docs/settings.md from the settings
+	$(BIN)/python docs/generate_settings.py > docs/settings.md
 
 constraints: .venv/.dev ## compile constraints.txt anew from pyproject.toml
 	$(BIN)/python -m pip install --quiet uv

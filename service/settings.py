@@ -85,161 +85,202 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CHAT_", env_file=".env", extra="ignore", frozen=True)
 
     host: str = Field("127.0.0.1", description="The address to listen on.")
-    port: int = Field(8000, ge=0, le=65535, description="The port to listen on; 0 takes a free one.")
-    workers: int = Field(1, ge=1, le=64, description="Service processes that share the port.")
+    port: int = Field(8000, ge=0, le=65535, description="The port to listen on. 0 takes a free port.")
+    workers: int = Field(1, ge=1, le=64, description="The number of service processes. They share the port.")
 
     hosts: str | None = Field(
         None,
-        description="Names (commas between) that `Host` may have beside `localhost`; any other is a 421.",
+        description="The names, separated by commas, that the header `Host` may have beside "
+        "`localhost`. A request with another name is answered with 421.",
     )
     insecure: bool = Field(
-        False, description="Listen beyond this machine without authentication all the same."
+        False,
+        description="Listen on other addresses than this machine's own although there is no authentication.",
     )
-    tls_cert: Path | None = Field(None, description="A certificate (PEM): the service then speaks HTTPS.")
-    tls_key: Path | None = Field(None, description="Its private key (PEM).")
-    tls_key_password: SecretStr | None = Field(None, description="The key's password.")
+    tls_cert: Path | None = Field(
+        None, description="The file of a certificate (PEM). The service then speaks HTTPS."
+    )
+    tls_key: Path | None = Field(None, description="The file of the certificate's private key (PEM).")
+    tls_key_password: SecretStr | None = Field(None, description="The password of the private key.")
     trusted_proxies: str | None = Field(
-        None, description="Addresses (commas between) whose `X-Forwarded-For` and `-Proto` count."
+        None,
+        description="The addresses, separated by commas, of the proxies whose `X-Forwarded-For` and "
+        "`X-Forwarded-Proto` are believed.",
     )
     cors_origins: tuple[str, ...] = Field(
-        (), description="Origins (a JSON list) whose pages may call; none unless given."
+        (), description="The origins, as a JSON list, whose web pages may call the service."
     )
 
     auth: Literal["none", "key", "jwt", "key+jwt"] = Field(
-        "none", description="Who may call: anybody, the holder of an API key, of a JWT, of either."
+        "none",
+        description="Who may call: anybody, the holder of an API key, the holder of a JWT, or the "
+        "holder of either.",
     )
     api_key: SecretStr | None = Field(
         None,
-        description="One API key with every scope, for simple deployments; 16 characters or more, at random.",
+        description="One API key with every scope, for simple deployments: 16 or more random characters.",
     )
     key_cache_ms: int = Field(
-        5_000, ge=0, description="How long a key is known before it is looked up again, revoked or not."
+        5_000,
+        ge=0,
+        description="How long a process uses an API key without looking it up again. A revoked key "
+        "works for so long.",
     )
     jwt_issuer: str | None = Field(None, description="The `iss` that a token must have.")
     jwt_audience: str | None = Field(None, description="The `aud` that a token must have.")
-    jwt_jwks_url: str | None = Field(None, description="Where the issuer's public keys (JWKS) are.")
+    jwt_jwks_url: str | None = Field(None, description="The URL of the issuer's public keys (JWKS).")
     jwt_public_key: str | None = Field(
-        None, description="Or the one public key, as PEM, or the name of a file with it."
+        None,
+        description="The issuer's one public key, as PEM or as the name of a file, in place of "
+        "`CHAT_JWT_JWKS_URL`.",
     )
-    jwt_secret: SecretStr | None = Field(None, description="Or a shared secret; then HS256 is read, alone.")
+    jwt_secret: SecretStr | None = Field(
+        None,
+        description="A secret shared with the issuer, in place of a public key. Tokens are then read "
+        "with HS256 alone.",
+    )
     jwt_algorithms: tuple[str, ...] = Field(
         ("RS256", "PS256", "ES256", "EdDSA"),
-        description="The algorithms (a JSON list) that a token may be signed with; asymmetric ones only.",
+        description="The algorithms, as a JSON list, that a token may be signed with. Only "
+        "asymmetric algorithms are allowed.",
     )
-    jwt_tenant_claim: str | None = Field(None, description="The claim that names a token's tenant.")
-    jwt_leeway_s: int = Field(30, ge=0, le=300, description="By how much clocks may differ.")
-    jwt_jwks_cache_s: int = Field(300, ge=1, description="How old the issuer's keys may be.")
+    jwt_tenant_claim: str | None = Field(None, description="The claim of a token that names its tenant.")
+    jwt_leeway_s: int = Field(
+        30, ge=0, le=300, description="By how much the clocks of the issuer and of the service may differ."
+    )
+    jwt_jwks_cache_s: int = Field(
+        300, ge=1, description="How old the issuer's keys may be before the service asks for them again."
+    )
     jwt_jwks_retry_s: int = Field(
-        10, ge=0, description="How soon after an attempt an unknown key makes us ask the issuer again."
+        10,
+        ge=0,
+        description="How long after asking the issuer an unknown key makes the service ask again.",
     )
 
     rate_per_key: str | None = Field(
-        None, description="Requests of one key or one user (`600/minute`); beyond them, 429."
+        None,
+        description="The most requests of one API key or one user, for example `600/minute`. More "
+        "are answered with 429.",
     )
     rate_per_address: str | None = Field(
-        None, description="Requests of one address (an IPv6 /64); beyond them, 429."
+        None,
+        description="The most requests of one address (an IPv6 /64 network). More are answered with 429.",
     )
     failures_per_address: str = Field(
         "30/minute",
-        description="Failed authentications of one address (an IPv6 /64); beyond them, 429.",
+        description="The most failed authentications of one address (an IPv6 /64 network). More "
+        "are answered with 429.",
     )
 
     mongodb_url: SecretStr | None = Field(
         None,
-        description="A replica set or a sharded cluster. Unset: the embedded engine is started.",
+        description="The URL of a replica set or a sharded cluster. While it is unset, the service "
+        "starts the embedded engine.",
     )
-    mongodb_tls_ca: Path | None = Field(None, description="The authority (PEM) that signed MongoDB's.")
+    mongodb_tls_ca: Path | None = Field(
+        None, description="The file (PEM) of the authority that signed MongoDB's certificate."
+    )
     mongodb_tls_cert: Path | None = Field(
-        None, description="This service's own certificate and key (PEM), if MongoDB asks for one."
+        None, description="The file (PEM) of the service's own certificate and key, if MongoDB asks for one."
     )
     database: str = Field(
         "chat_history",
         pattern=r"^[A-Za-z0-9_-]{1,38}$",
-        description="The database's name.",
+        description="The name of the database.",
     )
     data_dir: Path = Field(
-        Path("./data"), description="Where the embedded engine keeps its data, for this user's eyes only."
+        Path("./data"),
+        description="The directory of the embedded engine's data. Only the service's own user can read it.",
     )
     embedded_port: int = Field(
-        27018, ge=1, le=65535, description="The service's embedded engine's port on 127.0.0.1."
+        27018, ge=1, le=65535, description="The port of the embedded engine on 127.0.0.1."
     )
     embedded_cache: str = Field(
         "1G",
         pattern=r"^[1-9][0-9]*[MG]$",
-        description="The most memory of the embedded engine's cache; one append may fill 7% of it.",
+        description="The most memory of the embedded engine's cache, such as `512M` or `1G`. One "
+        "append may fill 7% of it.",
     )
 
     disk_reserve_bytes: int = Field(
         256 * 1024 * 1024,
         ge=0,
-        description="With the embedded engine: less free disk than this, and nothing is added (507).",
+        description="With the embedded engine: if less disk is free than this, nothing is added (507).",
     )
 
     database_timeout_ms: int = Field(
-        5_000, ge=100, description="All database work of one call together; then 503."
+        5_000,
+        ge=100,
+        description="The most time of all database work of one call together. After it the answer is 503.",
     )
     server_selection_timeout_ms: int = Field(
         2_000, ge=100, description="How long one call waits for a database that is away."
     )
-    retry_after_s: int = Field(1, ge=1, description="The `Retry-After` of a 503.")
+    retry_after_s: int = Field(1, ge=1, description="The `Retry-After` of an answer with 503.")
     body_timeout_ms: int = Field(
-        30_000, ge=100, description="How long a client may take to send its request's body."
+        30_000, ge=100, description="How long a client may take to send the body of a request."
     )
     header_bytes_max: int = Field(
-        64 * 1024, ge=1024, description="The most a request line and its headers may have; then 431."
+        64 * 1024,
+        ge=1024,
+        description="The most bytes of a request line and its headers together. More are answered with 431.",
     )
     header_timeout_ms: int = Field(
-        10_000, ge=100, description="How long a connection may take to send a request's headers."
+        10_000, ge=100, description="How long a client may take to send the headers of a request."
     )
-    send_timeout_ms: int = Field(
-        60_000, ge=100, description="How long a client may let an answer stand without reading on."
-    )
+    send_timeout_ms: int = Field(60_000, ge=100, description="How long a client may stop reading an answer.")
     connections_max: int = Field(
-        10_000, ge=1, description="Connections at once in a process; beyond them, 503."
+        10_000, ge=1, description="The most connections of a process at once. More are answered with 503."
     )
     shutdown_timeout_ms: int = Field(
-        10_000, ge=100, description="How long requests in flight may take once we are told to stop."
+        10_000, ge=100, description="How long running requests may take after the service was told to stop."
     )
 
     default_user_id: str = Field(
         "default",
         pattern=r"^[A-Za-z0-9._:@~-]{1,128}$",
-        description="The owner of what is created through `/v1` without naming one.",
+        description="The owner of a conversation that is created through `/v1` without naming an owner.",
     )
 
     retention_days: int | None = Field(
-        None, ge=1, description="Conversations without activity for so many days are removed, whole."
+        None, ge=1, description="Conversations without activity for so many days are removed as a whole."
     )
     retention_days_by_tenant: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        {}, description="The same for single tenants (a JSON object), in the place of the one above."
+        {}, description="The days for single tenants, as a JSON object, in place of `CHAT_RETENTION_DAYS`."
     )
 
-    body_bytes_max: int = Field(32 * 1024 * 1024, ge=1024, description="The largest request body.")
-    page_items_default: int = Field(50, ge=1, le=1_000, description="Items of a page when none is asked for.")
-    page_items_max: int = Field(1_000, ge=1, le=1_000, description="The most items of one page.")
+    body_bytes_max: int = Field(32 * 1024 * 1024, ge=1024, description="The most bytes of a request body.")
+    page_items_default: int = Field(
+        50, ge=1, le=1_000, description="The number of items of a page if a request does not say it."
+    )
+    page_items_max: int = Field(1_000, ge=1, le=1_000, description="The most items of a page.")
     page_bytes_max: int = Field(
-        32 * 1024 * 1024, ge=1024, description="A page ends early beyond this; `has_more` says so."
+        32 * 1024 * 1024,
+        ge=1024,
+        description="The most bytes of a page. A page that would be larger ends early, with `has_more`.",
     )
     batch_items_max: int = Field(1_000, ge=1, le=1_000, description="The most messages of one append.")
 
     metrics: bool = Field(False, description="Serve `/metrics` for Prometheus.")
     metrics_token: SecretStr | None = Field(
         None,
-        description="The bearer token that `/metrics` wants, needed with `CHAT_AUTH`; without both, it is "
-        "for this machine only.",
+        description="The bearer token of `/metrics`. `CHAT_AUTH` requires it. Without both, "
+        "`/metrics` is for this machine only.",
     )
     audit_days: int | None = Field(
-        None, ge=1, description="Keep an audit trail for so many days (the collection `audit`)."
+        None, ge=1, description="Keep an audit trail (the collection `audit`) for so many days."
     )
     tracing: bool = Field(
-        False, description="Send traces by OpenTelemetry (the extra `otel`); `OTEL_*` variables configure it."
+        False,
+        description="Send traces with OpenTelemetry (needs the extra `otel`). The `OTEL_*` variables "
+        "configure it.",
     )
 
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="`auto` is console in a terminal and JSON elsewhere."
+        "auto", description="The form of the log. `auto` is `console` in a terminal and `json` elsewhere."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="What is logged, at the least."
+        "info", description="The lowest level that is logged."
     )
 
     _unknown: tuple[str, ...] = PrivateAttr(())

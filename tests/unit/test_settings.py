@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,22 @@ from pydantic import ValidationError
 
 from service.settings import Settings, without_password
 
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "settings.md"
 
-def test_every_setting_says_what_it_is_and_the_readme_lists_it() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for name, field in Settings.model_fields.items():
-        assert field.description, name
-        assert f"`CHAT_{name.upper()}`" in readme, name
+
+def test_the_page_of_settings_is_what_is_generated() -> None:
+    assert all(field.description for field in Settings.model_fields.values())
+    generate = [sys.executable, ROOT / "docs" / "generate_settings.py"]
+    generated = subprocess.run(generate, capture_output=True, text=True, timeout=30, check=True).stdout
+    assert PAGE.read_text() == generated, "Run `make settings`."
+
+
+def test_every_variable_that_the_documents_name_is_on_the_page_of_settings() -> None:
+    known = set(re.findall(r"CHAT_[A-Z_]+", PAGE.read_text()))
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        named = set(re.findall(r"CHAT_[A-Z_]*[A-Z]\b(?!_)", page.read_text()))
+        assert named <= known, (page, named - known)
 
 
 def test_a_variable_sets_it_and_a_wrong_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
