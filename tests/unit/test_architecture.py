@@ -1,4 +1,4 @@
-"""What imports what: the one-way street that docs/decisions and the README promise."""
+"""What imports what: the one-way street that docs/architecture.md promises."""
 
 from __future__ import annotations
 
