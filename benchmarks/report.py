@@ -1,8 +1,7 @@
-"""From the rounds to medians and ratios; as a table, as JSON, and as a chart."""
+"""From the rounds to medians and ratios, as tables in Markdown."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -112,44 +111,8 @@ def goals(result: dict[str, Any]) -> str:
     return "\n".join(["| goal | figure | bound | |", "| --- | ---: | --- | --- |", *lines])
 
 
-def chart(result: dict[str, Any]) -> str:
-    """Return an SVG: CPU per operation, the service's beside the floor's two halves."""
-    found = medians(result["rounds"])
-    names = [
-        key[0]
-        for key in found
-        if key[1:] == (1, "service") and "stream" not in key[0] and "page" not in key[0]
-    ]
-    most = max(found[name, 1, "service"]["cpu_us"] for name in names)
-    width, row, left = 760, 46, 210
-    scale = (width - left - 90) / most
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {row * len(names) + 50}" '
-        'font-family="system-ui, sans-serif" font-size="13">',
-        '<rect width="100%" height="100%" fill="#fff"/>',
-        f'<text x="12" y="22" font-weight="600">CPU of one operation, µs ({result["about"]["date"]}): the service; '
-        "below it the floor, bare FastAPI and bare Motor</text>",
-    ]
-    for number, name in enumerate(names):
-        y = 40 + row * number
-        service, floor, motor = (found[name, 1, each]["cpu_us"] for each in ("service", "floor", "motor"))
-        parts += [
-            f'<text x="{left - 10}" y="{y + 20}" text-anchor="end">{name}</text>',
-            _bar(left, y, service * scale, "#2563eb"),
-            f'<text x="{left + service * scale + 6}" y="{y + 13}">{service:,.0f}</text>',
-            _bar(left, y + 18, floor * scale, "#9ca3af"),
-            _bar(left + floor * scale, y + 18, motor * scale, "#d1d5db"),
-            f'<text x="{left + (floor + motor) * scale + 6}" y="{y + 31}" fill="#555">{floor + motor:,.0f}</text>',
-        ]
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def _bar(x: float, y: float, width: float, color: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="16" fill="{color}"/>'
-
-
 def write(result: dict[str, Any], output: Path) -> None:
-    """Print the table, and write it with everything else."""
+    """Print the tables, and write them to `results.md`."""
     about, started = result["about"], result["start_up"]
     memory = result["stream"]
     text = (
@@ -163,5 +126,3 @@ def write(result: dict[str, Any], output: Path) -> None:
     print(text)
     output.mkdir(parents=True, exist_ok=True)
     (output / "results.md").write_text(text)
-    (output / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (output / "chart.svg").write_text(chart(result))
