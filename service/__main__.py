@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 app = typer.Typer(
     help="Chat History Database: the service in which AI agents keep their conversations.",
-    epilog="Everything else is set by CHAT_* variables or in .env; the README lists them.",
+    epilog="Everything else is set by CHAT_* variables or in .env; docs/settings.md lists them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,7 +58,7 @@ def serve(
     settings = _settings(host=host, port=port, workers=workers, insecure=insecure)
     _refuse_to_be_open(settings)
     if settings.tracing and not _tracing_is_installed():
-        _fail("CHAT_TRACING needs the extra: pip install 'chat-history-database[otel]'.")
+        _fail("CHAT_TRACING needs the extra `otel`. In a clone of the repository: pip install '.[otel]'.")
     logs.configure(settings)
     _log_what_was_read(settings)
     settings = _with_room_for_connections(settings)

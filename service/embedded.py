@@ -507,8 +507,8 @@ def _program() -> str:
     found = str(beside) if beside.exists() else shutil.which(_PROGRAM)
     if found is None or (found == str(beside) and find_spec("secantus") is None):
         raise EmbeddedEngineError(
-            "CHAT_MONGODB_URL is not set, and the embedded engine is not installed. Either name a "
-            "MongoDB, or: pip install 'chat-history-database[embedded]'. There are wheels for CPython "
+            "CHAT_MONGODB_URL is not set, and the embedded engine is not installed. Either name a MongoDB, "
+            "or, in a clone of the repository: pip install '.[embedded]'. There are wheels for CPython "
             f"3.11 to 3.13 on Linux (x86-64, arm64) and macOS (arm64); this is {sys.version.split()[0]} "
             f"on {sys.platform}."
         )

@@ -110,7 +110,7 @@ def test_a_missing_package_is_a_clear_error(tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 1
-    assert "pip install 'chat-history-database[embedded]'" in ended.stderr
+    assert "pip install '.[embedded]'" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
