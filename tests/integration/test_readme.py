@@ -71,7 +71,8 @@ def test_the_front_page_and_the_quickstart_are_walks() -> None:
 @pytest.mark.parametrize("page", WALKS, ids=name_of)
 def test_every_command_does_what_the_page_shows(started: Service, page: Path, tmp_path: Path) -> None:
     with started.client() as http:
-        http.delete("/users/ada")  # all of the documents are about this user, and each page begins anew
+        for user in ("ada", "ben", "cleo"):  # of whom the pages are; each page begins without any data
+            http.delete(f"/users/{user}")
     (tmp_path / ".venv").symlink_to(sys.prefix)  # where the documents have the command line
     for command, expected in steps(page):
         done = subprocess.run(
