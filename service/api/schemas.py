@@ -22,7 +22,7 @@ from starlette.responses import Response, StreamingResponse
 
 from service.chat_service import ConversationList, History, ListPosition
 from service.documents import Conversation, Id, MessageFields, Seq, Time, Title
-from service.errors import Fault, InvalidRequest
+from service.errors import Fault, InvalidRequest, MalformedDocument
 from service.roles import Role
 
 NDJSON = "application/x-ndjson"
@@ -235,8 +235,16 @@ def timestamp(time: datetime) -> str:
 
 
 def dumps(value: Any) -> bytes:
-    """Encode an answer as JSON; its only values that are not JSON are times."""
-    return orjson.dumps(value, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
+    """Encode an answer as JSON; its only values that are not JSON are times.
+
+    Raises MalformedDocument for a value that somebody stored by hand and that JSON does not have.
+    """
+    try:
+        return orjson.dumps(value, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
+    except TypeError as error:
+        raise MalformedDocument(
+            "This call reads a value of a type that JSON does not have. Replace it in the database."
+        ) from error
 
 
 def lines(values: list[dict[str, Any]]) -> bytes:
@@ -298,8 +306,9 @@ def position(word: str) -> ListPosition:
         ms, _, conversation_id = text.partition(":")
         found = ListPosition(_EPOCH + timedelta(milliseconds=int(ms)), conversation_id)
         # What is read is only a cursor of ours if it is written in the same way.
-        # Its id may be any that somebody gave a conversation by hand, lest the list end there.
-        if "/" not in conversation_id and cursor(found) == word:
+        # Its id may be any text that somebody gave a conversation by hand, or the list would end there.
+        is_text = conversation_id != "" and conversation_id.isprintable() and "/" not in conversation_id
+        if is_text and cursor(found) == word:
             return found
     why = "is not a cursor of this service"
     raise InvalidRequest(f"query.cursor {why}.", [Fault("query.cursor", why)])

@@ -28,6 +28,8 @@ def map_case(_: HookContext, case: Case) -> Case:
         query.pop("order", None)
     if "cursor" in query:
         query["cursor"] = CURSOR
+    if "after" in query and case.path == "/v1/conversations":
+        query["after"] = CURSOR
     if isinstance(body, dict):
         for message in [body, *_list(body.get("messages"))]:
             # Ids do not go with a key, and stand once in a batch.
