@@ -436,8 +436,13 @@ class ChatService:
         """Return the id that the owner's key stands for.
 
         It is made with a secret. Otherwise another user could compute it, take it first, and find out by a
-        409 which keys the owner has used.
+        409 which keys the owner has used. Version 0.1.0 made it without one, so what the owner's key stands
+        for since then is looked for first, or a retry across the upgrade would make a second conversation.
         """
+        before = f"conv_{_digest(f'{own_id(owner)}/{idempotency_key}')}"
+        named = {"_id": self._scope.key(before), "user_id": owner}
+        if await self._database.read(Conversation, named, limit=1, fields=["_id"]):
+            return before
         said = f"{owner}/{idempotency_key}".encode()
         return f"conv_{hmac.new(await self._database.secret(), said, 'sha256').hexdigest()[:32]}"
 

@@ -45,6 +45,8 @@ _PROGRAM = "secantusd-py"
 _START_TIMEOUT_S = 60.0
 _LOCK_TIMEOUT_S = 15.0
 _ANSWER_TIMEOUT_MS = 2_000
+# An engine that has just begun to listen on a busy machine takes longer: SCRAM costs it some CPU time.
+_FIRST_ANSWER_TIMEOUT_MS = 20_000
 _PATIENCE_S = 2.0
 # All that the engine is given of the environment: settings and their secrets do not concern the engine.
 # LD_LIBRARY_PATH is how some builds of Python find their own library.
@@ -226,7 +228,7 @@ class EmbeddedEngine:
                         f"Something else answers on the embedded engine's port {self._port}. Name another "
                         "with CHAT_EMBEDDED_PORT."
                     )
-                with _client(self._settings.embedded_url) as client:
+                with _client(self._settings.embedded_url, _FIRST_ANSWER_TIMEOUT_MS) as client:
                     _drop_users(client, but=_USER)
         except PyMongoError as error:
             raise EmbeddedEngineError(
@@ -238,7 +240,7 @@ class EmbeddedEngine:
         """Run the engine, record where, and tell whether it is this directory's that listens there."""
         self._run(program, "--auth")
         self._record(self._port)
-        return _is_answered(self._settings)
+        return _is_answered(self._settings, _FIRST_ANSWER_TIMEOUT_MS)
 
     def _set_password(self, program: str) -> None:
         """Store a password in the engine, which takes one only while it asks for none.
@@ -250,7 +252,8 @@ class EmbeddedEngine:
         self._record(None)
         port, self._port = self._port, _free_port()
         self._run(program)
-        with _client(f"mongodb://{_HOST}:{self._port}/?directConnection=true&retryWrites=false") as client:
+        url = f"mongodb://{_HOST}:{self._port}/?directConnection=true&retryWrites=false"
+        with _client(url, _FIRST_ANSWER_TIMEOUT_MS) as client:
             _drop_users(client)
             roles = [{"role": "root", "db": "admin"}]
             client.admin.command("createUser", _USER, pwd=self._password, roles=roles)
@@ -420,14 +423,14 @@ def _is_for_service(settings: Settings) -> bool:
     return True
 
 
-def _is_answered(settings: Settings) -> bool:
+def _is_answered(settings: Settings, time_ms: int = _ANSWER_TIMEOUT_MS) -> bool:
     """Tell whether what listens where the engine is recorded has its password; SCRAM proves that to us.
 
     Raises OSError where none is recorded, and PyMongoError where nothing answers.
     """
     from pymongo.errors import OperationFailure  # noqa: PLC0415  (slow to import)
 
-    with _client(settings.embedded_url) as client:
+    with _client(settings.embedded_url, time_ms) as client:
         try:
             client.admin.command("ping")
         except OperationFailure:
@@ -435,10 +438,9 @@ def _is_answered(settings: Settings) -> bool:
     return True
 
 
-def _client(url: str) -> MongoClient[dict[str, Any]]:
+def _client(url: str, time_ms: int) -> MongoClient[dict[str, Any]]:
     from pymongo import MongoClient  # noqa: PLC0415  (slow to import)
 
-    time_ms = _ANSWER_TIMEOUT_MS
     return MongoClient(
         url, serverSelectionTimeoutMS=time_ms, connectTimeoutMS=time_ms, socketTimeoutMS=time_ms
     )

@@ -212,3 +212,15 @@ async def test_nobody_can_compute_or_take_the_id_that_anothers_key_stands_for(
             assert made != f"conv_{digest[:32]}"
         other = await one.post("/v1/conversations", headers={**sent["headers"], "X-User-Id": "bob"}, json={})
         assert other.json()["id"] != made
+
+
+async def test_a_key_that_version_0_1_0_took_still_stands_for_its_conversation(service: Service) -> None:
+    key = new_id("turn")
+    digest = hashlib.sha256(f"ada/{key}".encode()).hexdigest()[:32]
+    async with service.async_client() as client:
+        made = await client.post("/conversations", json={"user_id": "ada", "id": f"conv_{digest}"})
+        assert made.status_code == 201
+        sent: dict[str, Any] = {"headers": {"Idempotency-Key": key, "X-User-Id": "ada"}, "json": {}}
+        assert (await client.post("/v1/conversations", **sent)).json()["id"] == f"conv_{digest}"
+        sent["headers"]["X-User-Id"] = "bob"
+        assert (await client.post("/v1/conversations", **sent)).json()["id"] != f"conv_{digest}"
