@@ -19,7 +19,7 @@ run: .venv/.run ## start the service, on the embedded engine unless CHAT_MONGODB
 
 test: .venv/.dev ## lint, types and all tests
 	$(MAKE) --no-print-directory lint types
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 bench: .venv/.bench ## measure against the floor and against others, in less than ten minutes
 	$(BIN)/python -m benchmarks $(BENCH)
