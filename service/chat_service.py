@@ -1008,7 +1008,7 @@ class ChatService:
             )
             # Not in the filter: with one more field this engine reads the whole conversation (10 ms become
             # 460 of 5,000 messages). A seq is unique, so up to `last_seq` there is nobody else's anyway.
-            found += [each for each in read if span.owner is None or _is_of(span.owner, each)]
+            found += read if span.owner is None else _of_owner(span.key, span.owner, read)
             low, high = (low, window.low) if backwards else (window.high, high)
             width = min(width * 2, max(count, WINDOW_SEQS_MAX))
         return found
@@ -1470,6 +1470,29 @@ def _broken_counter(key: Key) -> BrokenCounter:
         "`chat-history verify` shows them, and `chat-history verify --repair` mends it; or use another "
         "conversation."
     )
+
+
+_ID_ELEMENT = b"\x02_id\0"
+
+
+def _of_owner(key: Key, owner: str, documents: Sequence[bytes]) -> list[bytes]:
+    """Return those of a conversation's stored messages that say that they are this user's.
+
+    The service writes `_id`, `conversation_id` and `user_id` first. So all messages of one conversation have
+    the same bytes behind the `_id`, and to compare these costs less than to decode them.
+    """
+    expected = bson.encode({"conversation_id": key, "user_id": owner})[4:-1]
+    size = 4 + len(_ID_ELEMENT)  # where the length of the `_id` stands, in four bytes
+    text = size + 4
+    return [
+        raw
+        for raw in documents
+        if (
+            raw.startswith(_ID_ELEMENT, 4)
+            and raw.startswith(expected, text + int.from_bytes(raw[size:text], "little"))
+        )
+        or _is_of(owner, raw)
+    ]
 
 
 def _is_of(owner: str, raw: bytes) -> bool:

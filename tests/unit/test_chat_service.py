@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import bson
 import pytest
 
-from service.chat_service import ChatService, Naming, message_ids
+from service.chat_service import ChatService, Naming, _of_owner, message_ids
 from service.database import Transaction
 from service.errors import (
     ConversationIdTaken,
@@ -16,6 +17,7 @@ from service.errors import (
     InvalidRequest,
     MessageNotFound,
 )
+from service.scopes import Key
 from tests.unit.conftest import MockDatabase
 
 
@@ -171,3 +173,20 @@ async def test_work_that_had_committed_already_is_not_done_again(chat: ChatServi
     await losing.delete_conversation("c")
     with pytest.raises(ConversationNotFound):
         await chat.get_conversation("c")
+
+
+def test_only_what_says_itself_that_it_is_the_owners_is_shown() -> None:
+    written = [
+        bson.encode({"_id": f"c/{'m' * n}", "conversation_id": "c", "user_id": "ada", "content": "x"})
+        for n in range(1, 40)
+    ]
+    assert _of_owner(Key("c"), "ada", written) == written
+    assert _of_owner(Key("c"), "bob", written) == []
+    by_hand = bson.encode({"user_id": "ada", "_id": "c/x", "conversation_id": "c"})
+    without_text = bson.encode({"_id": 7, "conversation_id": "c", "user_id": "ada"})
+    inside = {"conversation_id": "c", "user_id": "ada"}
+    forged = bson.encode({"_id": "c/y", "conversation_id": "c", "user_id": "bob", "metadata": inside})
+    other = bson.encode({"_id": "c/z", "conversation_id": "d", "user_id": "bob", "content": "ada"})
+    nobodys = bson.encode({"_id": "c/n", "conversation_id": "c", "content": "x"})
+    found = _of_owner(Key("c"), "ada", [by_hand, without_text, forged, other, nobodys])
+    assert found == [by_hand, without_text]
