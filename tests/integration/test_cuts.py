@@ -254,12 +254,13 @@ def test_a_statement_that_arrives_after_its_transaction_was_given_up_locks_nobod
 
 
 def test_a_stream_that_loses_its_database_ends_as_an_error_and_not_as_the_end(
-    behind: Service, database_proxy: Proxy
+    service: Service, behind: Service, database_proxy: Proxy
 ) -> None:
+    with service.client() as unhurried:  # the one behind the proxy gives its database little time
+        conversation = create(unhurried, new_id())
+        for _ in range(16):
+            append(unhurried, conversation, *({"role": "user", "content": "x" * 20_000} for _ in range(50)))
     with behind.client() as client:
-        conversation = create(client, new_id())
-        for _ in range(4):
-            append(client, conversation, *({"role": "user", "content": "x" * 20_000} for _ in range(200)))
         headers = {"accept": "application/x-ndjson"}
         path = f"/conversations/{conversation}/messages"
         try:
