@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -173,9 +174,21 @@ def test_when_told_to_stop_what_is_in_flight_is_answered_and_what_is_new_is_refu
         body = {"messages": [{"role": "user", "content": "x" * 20_000}] * 800}
         answers: list[httpx.Response] = []
         path = f"{service.url}/conversations/{conversation}/messages"
-        thread = threading.Thread(target=lambda: answers.append(httpx.post(path, json=body, timeout=30)))
+        content, begun = json.dumps(body).encode(), threading.Event()
+
+        def pieces() -> Iterator[bytes]:
+            for at in range(0, len(content), 65_536):
+                if at > 4 * 1024 * 1024:
+                    begun.set()  # more than any buffer between us holds, so the service has begun to read
+                yield content[at : at + 65_536]
+
+        def post() -> None:
+            headers = {"Content-Type": "application/json"}
+            answers.append(httpx.post(path, content=pieces(), headers=headers, timeout=30))
+
+        thread = threading.Thread(target=post)
         thread.start()
-        time.sleep(0.25)
+        assert begun.wait(30)
         assert service.process is not None
         began = time.monotonic()
         service.process.terminate()
