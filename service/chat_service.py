@@ -1603,9 +1603,8 @@ async def one_by_one(
 ) -> int:
     """Do the work for each document, or id, by itself, and return for how many it was done.
 
-    Work that returns False had nothing to do.
-    One that fails is logged as `failed`, with its id and the error's type, and does not stop the rest; only
-    a database that is away does.
+    Work that returns False had nothing to do. A document whose work fails is logged as `failed`, with its id
+    and the error's type, and does not stop the rest; only a database that is away does.
     """
     done = 0
     for each in documents:
