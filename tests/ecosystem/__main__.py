@@ -1,7 +1,11 @@
 """Fetches the source distributions of `openai` and `openai-agents`, and runs their tests against the service.
 
-Nothing of them is kept in this repository: they are unpacked into `.compat`, at the version that is
-installed. What they cannot pass, and why, stands in `EXPECTED`, by name; anything else that fails fails this.
+Then OpenAI's client for JavaScript and a maker of types are tried (javascript.py). The tests of LlamaIndex's
+chat store are ours and run here, because LlamaIndex brings 38 packages.
+
+Nothing of the fetched tests is kept in this repository: they are unpacked into `.compat`, at the version that
+is installed. What they cannot pass, and why, stands in `EXPECTED`, by name; anything else that fails fails
+this.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from tests.ecosystem import javascript
 from tests.harness import running
 
-ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 FETCHED = ROOT / ".compat"
 
 # The tests of the Agents SDK that reach into SQLite, or are about its own helpers.
-EXPECTED = {
+EXPECTED: dict[str, dict[str, str]] = {
     "openai": {},
     "openai-agents": {
         "test_sqlite_session_close_closes_worker_thread_connections": "its threads' connections",
@@ -68,7 +74,7 @@ def run(package: str, url: str) -> bool:
     """Run a package's tests; return whether just those failed that are expected to."""
     source = fetch(package)
     environment = os.environ | {
-        "PYTHONPATH": f"{source}{os.pathsep}{ROOT / 'compat'}{os.pathsep}{ROOT}",
+        "PYTHONPATH": f"{source}{os.pathsep}{HERE}{os.pathsep}{ROOT}",
         "TEST_API_BASE_URL": f"{url}/v1",
         "COMPAT_URL": url,
         "OPENAI_API_KEY": "none",
@@ -89,10 +95,19 @@ def run(package: str, url: str) -> bool:
     return True
 
 
+def run_ours(url: str) -> bool:
+    """Run our tests of LlamaIndex's chat store; return whether all passed."""
+    command = [sys.executable, "-m", "pytest", "-W", "default", "-q", str(HERE / "llama_index_tests.py")]
+    return (
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"COMPAT_URL": url}, check=False).returncode == 0
+    )
+
+
 def main() -> None:
     """Start a service, and run everything against it."""
     with tempfile.TemporaryDirectory() as directory, running(Path(directory)) as service:
         passed = [run(package, service.url) for package in TESTS]
+        passed += [javascript.run(service.url, FETCHED), run_ours(service.url)]
     sys.exit(not all(passed))
 
 

@@ -10,10 +10,10 @@ from uuid import uuid4
 
 import agents
 
-from service.clients import ChatHistoryClient
-from service.clients.agents import ChatHistorySession
+from chat_history_client import AsyncChatHistoryClient
+from chat_history_client.openai_agents import ChatHistorySession
 
-_client = ChatHistoryClient(os.environ["COMPAT_URL"])
+_client = AsyncChatHistoryClient(os.environ["COMPAT_URL"])
 
 
 class SQLiteSession(ChatHistorySession):
