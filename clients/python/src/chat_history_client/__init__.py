@@ -1,0 +1,39 @@
+"""Clients of the Chat History Database, to run beside an agent: over HTTP, with retries that store once.
+
+`chat_history_client.openai_agents`, `.langchain` and `.pydantic_ai` are what these frameworks ask for, each
+with an extra of its name.
+"""
+
+from chat_history_client._async.client import AsyncChatHistoryClient
+from chat_history_client._sync.client import ChatHistoryClient
+from chat_history_client.errors import ApiError, Conflict, NotFound, Stale, Unavailable
+from chat_history_client.types import (
+    Conversation,
+    ConversationPage,
+    EraseReceipt,
+    HistoryFilters,
+    Item,
+    Message,
+    MessageItems,
+    MessagePage,
+    Page,
+)
+
+__all__ = [
+    "ApiError",
+    "AsyncChatHistoryClient",
+    "ChatHistoryClient",
+    "Conflict",
+    "Conversation",
+    "ConversationPage",
+    "EraseReceipt",
+    "HistoryFilters",
+    "Item",
+    "Message",
+    "MessageItems",
+    "MessagePage",
+    "NotFound",
+    "Page",
+    "Stale",
+    "Unavailable",
+]
