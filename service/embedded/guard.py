@@ -1,8 +1,8 @@
-"""Stands between the service and the embedded engine, so that neither outlives what started it.
+"""Runs the embedded engine for the service, and ends the engine when the service ends.
 
-Run as a program of its own, with the engine's command line as arguments. It ends the engine when its
-standard input closes, which happens when the service closes it and also when the service is killed,
-for the kernel closes it then. It imports nothing but the standard library, so it starts at once.
+The guard is a program of its own, with the engine's command line as arguments. It ends the engine when the
+guard's standard input closes: the service closes it, or the kernel does so when the service is killed. The
+guard imports only the standard library, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import sys
 import threading
 
 STOP_TIMEOUT_S = 8.0
-# Has the engine end at once. It syncs at every commit, so nothing acknowledged is lost by this.
-KILL = signal.SIGQUIT
+# The signal that ends the engine at once. It syncs at every commit, so nothing acknowledged is lost.
+# Windows has no such signal, and runs no engine.
+KILL = getattr(signal, "SIGQUIT", signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str], lock_fd: int) -> int:
-    """Run the engine until it ends or our input closes; return its exit code.
+    """Run the engine until it ends or the standard input closes; return the engine's exit code.
 
-    The engine inherits the open lock of its data directory, so the lock is free only when it is gone.
+    The engine inherits the open lock of its data directory, so the lock is held until the engine has ended.
     """
     engine = subprocess.Popen(
         command,
@@ -39,7 +40,7 @@ def main(command: list[str], lock_fd: int) -> int:
 
 
 def _die_with_parent() -> None:
-    """Have Linux end the engine even when this guard is killed."""
+    """Ask Linux to end the engine if this guard is killed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

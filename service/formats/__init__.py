@@ -1,0 +1,1 @@
+"""Bytes and shapes: JSON, BSON and OpenAI's items, in pure functions."""
