@@ -1,13 +1,14 @@
 """The audit trail, where `CHAT_AUDIT_DAYS` asks for it: who read, changed or deleted which conversation.
 
-Without content: a principal's name, a method and a route's template, the ids of the conversation and the
-user, the answer's status, the caller's address. Entries are written within a second, many at once, so a
-`kill -9` may lose the last second's. The database removes them after so many days (a TTL index). While it is
-away they wait, up to `_WAITING_MOST`; what is beyond that is lost, and the log says how many.
+An entry has no content: it has the principal's name, the method and the template of the route, the ids of the
+conversation and the user, the status of the answer, and the caller's address. Entries are written in batches,
+once a second, so a `kill -9` may lose the entries of the last second. A TTL index removes entries after
+`CHAT_AUDIT_DAYS`. While the database is away, up to `_WAITING_MOST` entries wait. Further entries are lost,
+and the log says how many.
 
-Calls that are refused before anything is done cost a stranger nothing, so they must not fill the trail.
-Of each kind (status, principal, address) the first in a minute is an entry; all further ones are one more
-entry, with `calls`, when the minute is over. `_KINDS_MOST` kinds a minute are told apart.
+Refused calls cost a stranger nothing, so they must not fill the trail. Of each kind (status, principal,
+address) the first call in a minute is an entry. All further calls of the kind are one more entry, with their
+number in `calls`, when the minute is over. At most `_KINDS_MOST` kinds are distinguished in a minute.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ log = structlog.get_logger(__name__)
 
 
 class Audit:
-    """Takes notes, and writes them in the background between `start` and `stop`."""
+    """Collects entries, and writes them in the background between `start` and `stop`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -49,7 +50,7 @@ class Audit:
         self._writer: asyncio.Task[None] | None = None
 
     def note(self, **facts: Any) -> None:
-        """Take a note of a call; `facts` are fields of AuditEntry."""
+        """Add an entry for a call; `facts` are fields of AuditEntry."""
         if len(self._waiting) >= _WAITING_MOST:
             self._lost += 1
             return
@@ -57,7 +58,7 @@ class Audit:
         self._waiting.append(bson.encode(entry))
 
     def note_refused(self, kind: Hashable, **facts: Any) -> None:
-        """Take a note of a refused call, or count it, if one of its kind was noted this minute."""
+        """Add an entry for a refused call, or count the call if its kind has an entry in this minute."""
         self._end_minute_if_over()
         if kind not in self._refused and len(self._refused) >= _KINDS_MOST:
             kind, facts = None, {**facts, "principal": "(several)", "tenant": "", "address": None}
@@ -78,11 +79,11 @@ class Audit:
         self._minute_began = time.monotonic()
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start to write entries."""
         self._writer = asyncio.create_task(self._write_always())
 
     async def stop(self) -> None:
-        """Write what waits, if the database lets us, and end."""
+        """Write the entries that wait, if the database answers in time, and end."""
         if self._writer is not None:
             self._writer.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -98,7 +99,9 @@ class Audit:
             try:
                 self._end_minute_if_over()
                 await self._write()
-            except Exception as error:  # or nobody would write any more, without a word
+            except (
+                Exception
+            ) as error:  # without this, one error would end the task, and no further entry would be written
                 log.error("audit_failed", exc_info=error)
 
     async def _write(self, seconds: float | None = None) -> None:
@@ -109,8 +112,8 @@ class Audit:
                 await self._database.insert(AuditEntry, entries, transaction.session)
 
             try:
-                async with self._database.call(seconds=seconds):
-                    # Where they are there already, it was an attempt whose answer was lost.
+                async with self._database.deadline(seconds=seconds):
+                    # A duplicate means that an earlier attempt stored these entries, and its answer was lost.
                     with contextlib.suppress(DuplicateKeyError):
                         await self._database.transaction(insert)
             except ChatHistoryError as error:

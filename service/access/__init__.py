@@ -1,0 +1,1 @@
+"""Access: API keys, tokens, permissions, and the audit trail."""
