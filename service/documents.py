@@ -1,4 +1,4 @@
-"""The two collections: their fields, and each index with the query that it serves."""
+"""The collections: their fields, and each index with the query that it serves."""
 
 from __future__ import annotations
 
@@ -13,25 +13,10 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    WithJsonSchema,
 )
 from pymongo import ASCENDING, DESCENDING, IndexModel
 
-from service.roles import Role
-
-
-def _not_a_path_step(value: str) -> str:
-    if value in {".", ".."}:
-        raise ValueError("'.' and '..' cannot stand in a URL's path")
-    return value
-
-
-Id = Annotated[
-    str,
-    StringConstraints(pattern=r"^[A-Za-z0-9._:@~-]{1,128}$"),
-    AfterValidator(_not_a_path_step),
-    WithJsonSchema({"type": "string", "pattern": r"^(?!\.{1,2}$)[A-Za-z0-9._:@~-]{1,128}$"}),
-]
+from service.formats.openai_items import Role
 
 
 def in_utc(time: datetime) -> datetime:
@@ -47,11 +32,12 @@ Time = Annotated[AwareDatetime, AfterValidator(in_utc)]
 Seq = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Title = Annotated[str, StringConstraints(max_length=1_000)]
 
-# The owner of a conversation that is being deleted. No id is empty, so it is nobody's, every query
-# that asks for an owner misses it, and the index of owners finds it again after a crash.
-NOBODY = ""
-# An erasure or an import that has done nothing for so long was interrupted.
+# An import without activity for so long was interrupted.
 IDLE = timedelta(minutes=10)
+# The same of an erasure, which says every few seconds that it goes on.
+ERASURE_IDLE = timedelta(minutes=1)
+# For so long the receipt of an erasure can be asked for.
+RECEIPT_KEPT = timedelta(days=7)
 
 
 class Conversation(Document):
@@ -61,16 +47,40 @@ class Conversation(Document):
     user_id: str
     title: str | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
-    # `metadata` as BSON, where the embedded engine would reorder its keys (see `payloads`).
+    # `metadata` as BSON, where the embedded engine would reorder its keys (see `bson_codec`).
     exact_metadata: bytes | None = None
     created_at: datetime
+    # The time of the latest change of any kind.
     updated_at: datetime
+    # The time of the latest message, or of the creation. It orders the list and begins the retention, and a
+    # new title or a deletion does not move it. An earlier version stored none (see `maintenance/sweep.py`).
+    active_at: datetime | None = None
     last_seq: int = 0
     message_count: int = 0
-    # From when on it is removed, if ever.
+    # How often the history changed; and a number that goes up with each change that is no append, from a
+    # random beginning. While `rewrites` stays the same, so do the messages that a reader knows.
+    version: int = 0
+    rewrites: int = 0
+    # How often anything changed that is not the history: the title, the metadata, the expiry. Its `ETag` has
+    # it beside the version.
+    edits: int = 0
+    # In which parts of the history messages were deleted or replaced (`history/rewrites.py`).
+    rewritten: list[list[int]] = Field(default_factory=list)
+    # The tokens and the turns of all messages that were ever appended, by which `context` cuts a history.
+    # They do not fall when messages are deleted, so the totals of later messages stay above those before.
+    tokens_total: int = 0
+    turns_total: int = 0
+    # The `upto_seq` of the newest checkpoint, or 0, so that a call without checkpoints asks for none.
+    checkpoint_seq: int = 0
+    # The time from which it is removed, or None for never.
     expires_at: datetime | None = None
-    # Whose it becomes with the last batch of the import that is storing its messages; until then it is
-    # NOBODY's, and `updated_at` is the time of the latest batch.
+    # The time at which the sweep looks at it, or None for never: not after the time from which it is removed
+    # (`history/retention.py`).
+    due_at: datetime | None = None
+    # Its owner before its deletion began, for those who follow that user's list (`history/live.py`).
+    deleted_owner: str | None = None
+    # The owner that it gets with the last batch, while an import is storing its messages. Until then its
+    # `user_id` is OWNER_WHILE_DELETED, and `updated_at` is the time of the latest batch.
     importing: str | None = None
 
     class Settings:
@@ -80,26 +90,36 @@ class Conversation(Document):
         keep_nulls = True
         indexes: ClassVar = [
             # The list: one user's conversations, latest activity first; `_id` makes the order total,
-            # so that a cursor stands at one place. `NOBODY` finds interrupted deletions with it.
+            # so that a cursor stands at one place. `OWNER_WHILE_DELETED` finds interrupted deletions with it.
             IndexModel(
-                [("user_id", ASCENDING), ("updated_at", DESCENDING), ("_id", ASCENDING)],
-                name="user_id_1_updated_at_-1__id_1",
+                [("user_id", ASCENDING), ("active_at", DESCENDING), ("_id", ASCENDING)],
+                name="user_id_1_active_at_-1__id_1",
             ),
-            # One conversation of one user, as every call that names an owner asks. Without it a conversation
-            # that is somebody else's is read before it is refused, and one that is not there is not: 50 µs,
-            # by which the two could be told apart.
+            # One conversation of one user, as every call with an owner reads it. Without this index another
+            # user's conversation would be read before it is refused, and one that does not exist would not:
+            # 50 µs, by which a caller could tell the two apart.
             IndexModel([("user_id", ASCENDING), ("_id", ASCENDING)], name="user_id_1__id_1"),
-            # Those whose time has come. No TTL index: that would leave their messages behind.
-            IndexModel([("expires_at", ASCENDING)], name="expires_at_1"),
         ]
 
 
-# Those without activity, made only where a retention in days is set: it costs each append an entry.
-BY_ACTIVITY = IndexModel([("updated_at", ASCENDING)], name="updated_at_1")
+# The list's index of versions that had no `active_at`. While it is there, conversations may be there that
+# have no `active_at`, and the list is in the order of this index until all have one.
+EARLIER_LIST_INDEX = {"user_id": ASCENDING, "updated_at": DESCENDING, "_id": ASCENDING}
+# The conversations that the sweep looks at, in its order; only those that are ever removed have an entry. It
+# is no TTL index, because that would leave their messages behind. A query must name the filter's `$type`, or
+# the server does not use the index.
+BY_DUE_TIME = IndexModel(
+    [("due_at", ASCENDING), ("_id", ASCENDING)],
+    name="due_at_1__id_1",
+    partialFilterExpression={"due_at": {"$type": "date"}},
+)
+# The same for the embedded engine, which uses no partial index, and no index at all for `$type`. It has a
+# name of its own, because a copy of the engine's data that is restored on MongoDB brings its indexes along.
+BY_DUE_TIME_EMBEDDED = IndexModel([("due_at", ASCENDING), ("_id", ASCENDING)], name="due_at_1__id_1_all")
 
 
 class MessageFields(BaseModel):
-    """What a caller may say in a message: these fields, and any other that is not the service's."""
+    """The fields of a message that its caller may give: these, and any other that is not the service's."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -115,7 +135,8 @@ class Message(MessageFields, Document):
     """One message as it is stored; `_id` is `"<conversation id>/<message id>"`.
 
     A manual reference to its conversation, not a DBRef. The fields of the caller stand after these,
-    in the caller's order, each a field of its own.
+    in the caller's order, each a field of its own. Between the two, a message that was replaced has
+    REPLACED_FIELDS: how often it was (`revision`), and when it was last (`updated_at`).
     """
 
     id: str  # type: ignore[assignment]  # unique within the conversation by its form, without an index
@@ -129,22 +150,47 @@ class Message(MessageFields, Document):
 
         name = "messages"
         indexes: ClassVar = [
-            # The history, and every page of it: one conversation, a range of seq, in order. Unique,
-            # so that no fault of ours could ever give a seq twice.
+            # The history, and every page of it: one conversation, a range of seq, in order. It is unique, so
+            # that the database refuses a seq that is taken, whatever fault the service may have.
             IndexModel(
                 [("conversation_id", ASCENDING), ("seq", ASCENDING)],
                 name="conversation_id_1_seq_1",
                 unique=True,
             ),
-            # Where a time range begins and ends: one conversation, the first message from a time on.
+            # The beginning and the end of a time range: one conversation, the first message from a time on.
             IndexModel(
                 [("conversation_id", ASCENDING), ("created_at", ASCENDING)],
                 name="conversation_id_1_created_at_1",
             ),
-            # A history of one role only, which without it would read all that it leaves out.
+            # A history of one role only. Without this index it would read the messages of all roles.
             IndexModel(
                 [("conversation_id", ASCENDING), ("role", ASCENDING), ("seq", ASCENDING)],
                 name="conversation_id_1_role_1_seq_1",
+            ),
+        ]
+
+
+class Checkpoint(Document):
+    """The summary of a history up to a seq, as an agent wrote it; `_id` is `"<conversation id>/<its id>"`."""
+
+    id: str  # type: ignore[assignment]  # unique within the conversation by its form
+    conversation_id: str
+    user_id: str
+    upto_seq: int
+    created_at: datetime
+    summary: str
+    metadata: dict[str, Any] | None = None
+
+    class Settings:
+        """Beanie's settings of the collection."""
+
+        name = "checkpoints"
+        indexes: ClassVar = [
+            # The checkpoints of one conversation, newest first. Nothing makes it unique, because two of one
+            # seq have the same `_id`.
+            IndexModel(
+                [("conversation_id", ASCENDING), ("upto_seq", ASCENDING)],
+                name="conversation_id_1_upto_seq_1",
             ),
         ]
 
@@ -172,8 +218,8 @@ class ApiKey(Document):
 class AuditEntry(Document):
     """One line of the audit trail: who did what to which conversation, and how it ended.
 
-    `method` is an HTTP method, or `COMMAND` for the command line (`status` is then its exit code) and `TASK`
-    for what the service does by itself. `calls` is how many calls the line is for, where it is several.
+    `method` is an HTTP method, or `COMMAND` for the command line (`status` is then its exit code), or `TASK`
+    for maintenance. `calls` is the number of calls that the line stands for.
     """
 
     at: datetime
@@ -197,9 +243,14 @@ class AuditEntry(Document):
 
 
 class Erasure(Document):
-    """The erasure of a user that is going on: who, and what is gone already. It ends with itself erased."""
+    """The erasure of a user, while it goes on, and the count of what is gone. It is deleted when it ends.
+
+    `active_at` is moved every few seconds by whoever is at work. `erasure_id` is random; an erasure that an
+    older version began has none.
+    """
 
     id: str  # type: ignore[assignment]  # the owner's key
+    erasure_id: str = ""
     active_at: datetime
     conversations: int = 0
     messages: int = 0
@@ -210,10 +261,54 @@ class Erasure(Document):
         name = "erasures"
 
 
+class ErasureReceipt(Document):
+    """The counts of an erasure that has ended. It names nobody, and is removed after RECEIPT_KEPT.
+
+    Its `_id` is a digest of the user's key and of the erasure's random id, which is stored nowhere any more.
+    So only somebody who knows both finds it, and nobody can find out whose it is by trying user ids.
+    """
+
+    id: str  # type: ignore[assignment]
+    ended_at: datetime
+    conversations: int
+    messages: int
+
+    class Settings:
+        """Beanie's settings of the collection; a receipt is looked up by its `_id`."""
+
+        name = "erasure_receipts"
+        indexes: ClassVar = [
+            # The database removes receipts by it.
+            IndexModel(
+                [("ended_at", ASCENDING)],
+                name="ended_at_1",
+                expireAfterSeconds=int(RECEIPT_KEPT.total_seconds()),
+            ),
+        ]
+
+
+class Backfill(Document):
+    """A walk over all conversations: which retention settings it is for, and how far it has come."""
+
+    id: str  # type: ignore[assignment]  # the name of the field that the walk fills in
+    settings: str
+    walks: int = 0
+    # The last conversation that was looked at; None at the beginning of a walk.
+    position: str | None = None
+    # The end of the latest walk.
+    ended_at: datetime | None = None
+
+    class Settings:
+        """Beanie's settings of the collection; it has one document."""
+
+        name = "backfills"
+        keep_nulls = True
+
+
 class Secret(Document):
     """A secret that all processes of a deployment share; the first that needs it makes it."""
 
-    id: str  # type: ignore[assignment]  # what it is for
+    id: str  # type: ignore[assignment]  # the name of its use
     value: bytes
 
     class Settings:
@@ -222,5 +317,11 @@ class Secret(Document):
         name = "secrets"
 
 
-# What only the service sets in a message. `_id` and `_exact_bson` are how it stores one.
-OWNED_FIELDS = ("conversation_id", "user_id", "seq", "created_at", "_id", "_exact_bson")
+# The fields of the service that only a message has which was replaced. A message of an earlier version may
+# have fields of its caller's with these names; its `updated_at` is then no time, which JSON does not have.
+REPLACED_FIELDS = ("revision", "updated_at")
+# The fields of a message that only the service sets. Those with a `_` exist only in its stored form.
+SERVICE_FIELDS = (
+    *("conversation_id", "user_id", "seq", "created_at"),
+    *("_id", "_exact_bson", "_tokens_before", "_turns_before"),
+)

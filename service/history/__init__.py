@@ -1,0 +1,1 @@
+"""The rules of conversations: messages in order, once, whole. By key, for all tenants, without HTTP."""
