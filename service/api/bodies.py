@@ -1,28 +1,38 @@
-"""Reads request bodies: how large, how fast, in which form; then strict JSON, once.
-
-All that is done to a large body until it is BSON is done in one go beside the loop (`payloads.beside`).
-"""
+"""Reads request bodies strictly and within limits, and writes answers as JSON or as lines of JSON."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import base64
+import binascii
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
+import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
 
-from service import payloads
-from service.chat_service import faults_of
+from service.api.dependencies import resources
+from service.api.schemas import ConversationOut
+from service.chat_service import ConversationPage, ConversationRecord, ListPosition, MessagePage
+from service.clock import EPOCH
 from service.errors import (
     BodyTooLarge,
     BodyTooSlow,
-    Fault,
     InvalidRequest,
     MalformedBody,
+    MalformedDocument,
     UnsupportedBody,
+    cut,
+    faults_of,
 )
-from service.settings import PARSED_TIMES_MAX, SMALL_BODY_BYTES_MAX, Settings
+from service.formats import strict_json
+from service.settings import PARSED_TIMES_MAX, SMALL_BODY_BYTES_MAX
+from service.tenancy import is_valid_id
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -31,46 +41,65 @@ PROBLEMS = (MalformedBody, BodyTooSlow, BodyTooLarge, UnsupportedBody)
 
 
 async def read(request: Request, make: Callable[[Any], T], bytes_max: int | None = None) -> T:
-    """Read the body as strict JSON, and return what `make` makes of it, which must wait for nothing.
+    """Read the body as strict JSON, and return `make(body)`. `make` must not wait for anything.
 
-    Raises one of PROBLEMS, InvalidRequest for nesting too deep, and what `make` raises.
+    Raises one of PROBLEMS, InvalidRequest for a body that is nested too deep, and whatever `make` raises.
     """
-    settings: Settings = request.app.state.settings
+    settings = resources(request).settings
     most = min(settings.body_bytes_max, bytes_max or settings.body_bytes_max)
     _require_json(request)
-    try:
-        async with asyncio.timeout(settings.body_timeout_ms / 1000):
-            body = await _read_bounded(request, most)
-    except TimeoutError as error:
-        raise BodyTooSlow(f"Not complete after {settings.body_timeout_ms} ms.") from error
-    except ClientDisconnect as error:
-        raise MalformedBody("The body ended early.") from error
+    body = await _received(request, most)
 
     def work() -> T:
-        payloads.require_parsable(body, PARSED_TIMES_MAX * settings.body_bytes_max)
-        return make(payloads.parse(body))
+        strict_json.require_parsable(body, PARSED_TIMES_MAX * settings.body_bytes_max)
+        return make(strict_json.parse(body))
 
-    return await payloads.beside(len(body), work)
+    return await strict_json.beside(len(body), work)
+
+
+async def read_form(request: Request) -> dict[str, str]:
+    """Read the fields of a small form of a page. Raises one of PROBLEMS."""
+    if request.headers.get("content-type", "").partition(";")[0] != "application/x-www-form-urlencoded":
+        raise UnsupportedBody(
+            "The body is not a form. Send `Content-Type: application/x-www-form-urlencoded`."
+        )
+    body = await _received(request, SMALL_BODY_BYTES_MAX)
+    try:
+        fields = parse_qsl(body.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=20)
+    except ValueError as error:
+        raise MalformedBody("The body is not a form in UTF-8 with at most 20 fields.") from error
+    return dict(fields)
+
+
+async def _received(request: Request, most: int) -> bytearray:
+    """Receive the body within its limits of size and time."""
+    timeout_ms = resources(request).settings.body_timeout_ms
+    try:
+        async with asyncio.timeout(timeout_ms / 1000):
+            return await _read_bounded(request, most)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"The request body did not arrive within {timeout_ms:,} ms.") from error
+    except ClientDisconnect as error:
+        raise MalformedBody("The request body ended before it was complete.") from error
 
 
 def _require_json(request: Request) -> None:
     content_type = request.headers.get("content-type", "")
     media_type, *parameters = (part.strip().lower() for part in content_type.split(";"))
     if media_type != "application/json":
-        raise UnsupportedBody(f"The content type is {payloads.cut(content_type) or 'missing'!r}.")
+        named = repr(cut(content_type)) if content_type else "missing"
+        raise UnsupportedBody(f"The `Content-Type` is {named}. Send `Content-Type: application/json`.")
     if any(each.startswith("charset=") and each[8:].strip('"') != "utf-8" for each in parameters):
-        raise UnsupportedBody("JSON is UTF-8; another charset is not read.")
+        raise UnsupportedBody("The `Content-Type` names another charset than UTF-8. Send JSON in UTF-8.")
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedBody("A compressed body is not read.")
+        raise UnsupportedBody("The body is compressed. Send the body without `Content-Encoding`.")
 
 
 async def _read_bounded(request: Request, most: int) -> bytearray:
-    """Collect the body, and stop at the limit, whatever the length that was announced."""
+    """Collect the body up to the limit, whatever length the request announced."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > most):
-        raise BodyTooLarge(
-            f"The body has {payloads.cut(announced)} bytes, and this call reads at most {most}."
-        )
+        raise BodyTooLarge(f"The body has {cut(announced)} bytes, and this call reads at most {most}.")
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -80,33 +109,121 @@ async def _read_bounded(request: Request, most: int) -> bytearray:
 
 
 async def read_small(request: Request, model: type[M]) -> M:
-    """Read a small body as the model. Raises as `read`, and InvalidRequest."""
+    """Read a small body as the model. Raises InvalidRequest and the errors of `read`."""
     return await read(request, lambda value: checked(value, model), SMALL_BODY_BYTES_MAX)
 
 
 def checked(value: Any, model: type[M]) -> M:
-    """Return JSON as the model, all of it checked. Raises InvalidRequest."""
+    """Return parsed JSON as the model, with all values checked. Raises InvalidRequest."""
     refuse_crowded(value, model)
-    payloads.check(value)
+    strict_json.check(value)
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        faults = faults_of(error, ())
-        summary = "; ".join(f"{each.path}: {each.message}" for each in faults[:3])
-        raise InvalidRequest(summary, faults) from error
+        raise InvalidRequest.of(faults_of(error, ())) from error
 
 
 def refuse_crowded(value: Any, model: type[BaseModel]) -> None:
-    """Refuse an object with more keys than the model has, by one fault, before anything looks at each key."""
+    """Refuse an object with more keys than the model, with one fault, before work is done for each key."""
     known = model.model_fields
     if isinstance(value, dict) and len(value) > len(known):
-        place = payloads.json_path((next(key for key in value if key not in known),))
+        place = (next(key for key in value if key not in known),)
         why = f"is not known here; the object has {len(value):,} keys, and known are: {', '.join(known)}"
-        raise InvalidRequest(f"{place} {why}.", [Fault(place, why)])
+        raise InvalidRequest.at(place, why)
 
 
-def described(*models: type[BaseModel]) -> dict[str, Any]:
-    """Declare the request body for OpenAPI, since the routes read it themselves."""
+def request_body_schema(*models: type[BaseModel]) -> dict[str, Any]:
+    """Declare the request body for OpenAPI, because the routes read the body themselves."""
     schemas = [{"$ref": f"#/components/schemas/{model.__name__}"} for model in models]
     schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+NDJSON = "application/x-ndjson"
+
+
+def timestamp(time: datetime) -> str:
+    """Format a time, which is always UTC in this service, by RFC 3339 with milliseconds."""
+    return time.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+
+
+def dumps(value: Any) -> bytes:
+    """Encode an answer as JSON; times are formatted by `timestamp`.
+
+    Raises MalformedDocument for another value that JSON does not have, which somebody stored by hand.
+    """
+    try:
+        return orjson.dumps(value, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
+    except TypeError as error:
+        raise MalformedDocument(
+            "A stored value that this call reads has a type that JSON does not have. Replace the value in "
+            "the database."
+        ) from error
+
+
+def lines(values: list[dict[str, Any]]) -> bytes:
+    """Encode values as lines of JSON."""
+    return b"".join(dumps(each) + b"\n" for each in values)
+
+
+async def stream_lines(parts: AsyncIterator[list[dict[str, Any]]]) -> Response:
+    """Answer with lines as they arrive. An error before the first line is still answered as an error."""
+    first = await anext(parts)
+
+    async def encoded() -> AsyncIterator[bytes]:
+        yield lines(first)
+        # An error here ends the connection without the last chunk, so that no client takes an incomplete
+        # answer for a complete one.
+        async for part in parts:
+            yield lines(part)
+
+    return StreamingResponse(encoded(), media_type=NDJSON)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with JSON, without validation by a model, because stored values were checked when written."""
+    return Response(dumps(value), status, dict(headers or {}), "application/json")
+
+
+def conversation_out(conversation: ConversationRecord) -> dict[str, Any]:
+    """Shape a conversation as ConversationOut."""
+    shaped = {name: getattr(conversation, name) for name in ConversationOut.model_fields}
+    if shaped["expires_at"] is None:
+        del shaped["expires_at"]
+    return shaped
+
+
+def conversation_page(page: ConversationPage) -> dict[str, Any]:
+    """Shape a page as ConversationPage."""
+    return {
+        "data": [conversation_out(each) for each in page.conversations],
+        "has_more": page.has_more,
+        "next": cursor(page.next) if page.next else None,
+    }
+
+
+def message_page(page: MessagePage, shown: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shape a page as MessagePage or MessageItemsPage; `shown` has the messages in the form of the answer."""
+    return {"data": shown, "has_more": page.has_more, "next": page.next}
+
+
+def cursor(position: ListPosition) -> str:
+    """Encode a position in the list as an opaque cursor for URLs."""
+    ms = (position.time - EPOCH) // timedelta(milliseconds=1)
+    return base64.urlsafe_b64encode(f"{ms}:{position.conversation_id}".encode()).decode().rstrip("=")
+
+
+def position(word: str) -> ListPosition:
+    """Decode a cursor. Raises InvalidRequest for a cursor that `cursor` did not write."""
+    with contextlib.suppress(binascii.Error, ValueError, OverflowError):
+        text = base64.b64decode(word + "=" * (-len(word) % 4), b"-_", validate=True).decode()
+        ms, _, conversation_id = text.partition(":")
+        read_position = ListPosition(EPOCH + timedelta(milliseconds=int(ms)), conversation_id)
+        # Encoding the position again must give the same cursor, because base64 and int accept other forms.
+        # The id may be any printable text, because a conversation that was changed by hand may have such an
+        # id, and the list must go on behind that conversation.
+        is_text = is_valid_id(conversation_id) or (conversation_id != "" and conversation_id.isprintable())
+        if is_text and cursor(read_position) == word:
+            return read_position
+    why = "is not a cursor of this service"
+    raise InvalidRequest.at("query.cursor", why)

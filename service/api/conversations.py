@@ -1,4 +1,4 @@
-"""The routes of conversations."""
+"""Routes of conversations."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from service import errors
-from service.api import bodies, needs, schemas
-from service.api.needs import Chat, ConversationId, no_query, page_items
-from service.api.problems import answers
+from service.api import bodies, conditional, dependencies, paths
+from service.api.bodies import json_response
+from service.api.dependencies import Chat, ConversationId, no_query, page_items
+from service.api.problems import error_responses
 from service.api.schemas import (
     ConversationChanges,
     ConversationOut,
@@ -19,13 +20,14 @@ from service.api.schemas import (
     NewConversation,
     OwnerQuery,
     Reference,
-    json_response,
+    WriteQuery,
 )
 from service.chat_service import UNSET
 
 router = APIRouter(tags=["conversations"])
-Owner = Annotated[OwnerQuery, needs.query(OwnerQuery)]
-OWNER = needs.described(OwnerQuery)
+Owner = Annotated[OwnerQuery, dependencies.query(OwnerQuery)]
+Write = Annotated[WriteQuery, dependencies.query(WriteQuery)]
+WRITE = dependencies.query_parameters(WriteQuery, conditional.IF_MATCH_PARAMETER)
 
 
 @router.post(
@@ -33,14 +35,14 @@ OWNER = needs.described(OwnerQuery)
     status_code=201,
     dependencies=[Depends(no_query)],
     response_model=ConversationOut,
-    openapi_extra=bodies.described(NewConversation),
+    openapi_extra=bodies.request_body_schema(NewConversation),
     responses={
         200: {
             "model": ConversationOut | Reference,
-            "description": "The one that this user has under this id; its id alone without the scope `read`.",
+            "description": "The user's existing conversation with this id; without the scope `read` the id.",
         },
         201: {"headers": {"Location": {"schema": {"type": "string"}}}},
-        **answers(errors.ConversationIdTaken, errors.StorageFull, *bodies.PROBLEMS),
+        **error_responses(errors.ConversationIdTaken, errors.StorageFull, *bodies.PROBLEMS),
     },
 )
 async def create_conversation(request: Request, chat: Chat) -> Response:
@@ -49,72 +51,93 @@ async def create_conversation(request: Request, chat: Chat) -> Response:
     conversation, created = await chat.get_or_create_conversation(
         body.user_id, body.id, title=body.title, metadata=body.metadata, expires_at=body.expires_at
     )
-    request.state.audited = {"conversation_id": conversation.id, "user_id": conversation.user_id}
-    headers = {"Location": f"/conversations/{conversation.id}"} if created else {}
-    if not created and not needs.may_read(request):
+    dependencies.audit(request, conversation.user_id, conversation.id)
+    headers = {"Location": f"/conversations/{paths.encoded(conversation.id)}"} if created else {}
+    if not created and not dependencies.may_read(request):
         return json_response({"id": conversation.id})
-    return json_response(schemas.conversation_out(conversation), 201 if created else 200, headers)
+    return json_response(bodies.conversation_out(conversation), 201 if created else 200, headers)
 
 
 @router.get(
     "/conversations",
     response_model=ConversationPage,
-    openapi_extra=needs.described(ListQuery),
-    responses=answers(),
+    openapi_extra=dependencies.query_parameters(ListQuery),
+    responses=error_responses(),
 )
 async def list_conversations(
-    request: Request, chat: Chat, query: Annotated[ListQuery, needs.query(ListQuery)]
+    request: Request, chat: Chat, query: Annotated[ListQuery, dependencies.query(ListQuery)]
 ) -> Response:
-    """List a user's conversations, latest activity first."""
+    """List a user's conversations, latest activity first; without `user_id` those of all users.
+
+    The list of all users is for keys with the scope `admin`, and for everybody where there is no
+    authentication. It costs as much as there are conversations.
+    """
+    if query.user_id is None:
+        dependencies.require_admin(request)
     page_items(request, "limit", query.limit)
-    after = schemas.position(query.cursor) if query.cursor is not None else None
-    request.state.audited = {"user_id": query.user_id}
+    after = bodies.position(query.cursor) if query.cursor is not None else None
+    if query.user_id is not None:
+        dependencies.audit(request, query.user_id)
     page = await chat.list_conversations(query.user_id, limit=query.limit, after=after)
-    return json_response(schemas.conversation_page(page))
+    return json_response(bodies.conversation_page(page))
 
 
 @router.get(
-    "/conversations/{conversation_id}",
+    "/conversations/{conversation_id:id}",
     response_model=ConversationOut,
-    openapi_extra=OWNER,
-    responses=answers(errors.ConversationNotFound),
+    openapi_extra=dependencies.query_parameters(OwnerQuery, conditional.IF_NONE_MATCH_PARAMETER),
+    responses={
+        200: {"headers": conditional.ETAG_HEADER},
+        **conditional.NOT_MODIFIED,
+        **error_responses(errors.ConversationNotFound),
+    },
 )
-async def get_conversation(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
+async def get_conversation(
+    request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner
+) -> Response:
     """Read a conversation."""
-    found = await chat.get_conversation(conversation_id, owner.user_id)
-    return json_response(schemas.conversation_out(found))
+    conversation = await chat.get_conversation(conversation_id, owner.user_id)
+    tag = conditional.conversation_tag(conversation)
+    unchanged = conditional.not_modified(request, tag)
+    return unchanged or json_response(bodies.conversation_out(conversation), headers={"ETag": tag})
 
 
 @router.patch(
-    "/conversations/{conversation_id}",
+    "/conversations/{conversation_id:id}",
     response_model=ConversationOut | Reference,
-    openapi_extra={**OWNER, **bodies.described(ConversationChanges)},
-    responses=answers(errors.ConversationNotFound, errors.StorageFull, *bodies.PROBLEMS),
+    openapi_extra={**WRITE, **bodies.request_body_schema(ConversationChanges)},
+    responses=error_responses(
+        errors.ConversationNotFound, errors.Stale, errors.StorageFull, *bodies.PROBLEMS
+    ),
 )
 async def update_conversation(
-    request: Request, chat: Chat, conversation_id: ConversationId, owner: Owner
+    request: Request, chat: Chat, conversation_id: ConversationId, query: Write
 ) -> Response:
-    """Change the title, or the metadata as a whole. Without the scope `read` the answer is the id alone."""
+    """Change the title, the expiry, or the whole metadata. Without the scope `read` the answer is the id."""
     body = await bodies.read_small(request, ConversationChanges)
     given = body.model_fields_set
     changed = await chat.update_conversation(
         conversation_id,
-        owner.user_id,
+        query.user_id,
         title=body.title if "title" in given else UNSET,
         metadata=body.metadata if "metadata" in given else UNSET,
         expires_at=body.expires_at if "expires_at" in given else UNSET,
+        condition=conditional.condition(request),
     )
-    shown = schemas.conversation_out(changed) if needs.may_read(request) else {"id": changed.id}
+    shown = bodies.conversation_out(changed) if dependencies.may_read(request) else {"id": changed.id}
     return json_response(shown)
 
 
 @router.delete(
-    "/conversations/{conversation_id}",
+    "/conversations/{conversation_id:id}",
     status_code=204,
-    openapi_extra=OWNER,
-    responses=answers(errors.ConversationNotFound),
+    openapi_extra=WRITE,
+    responses=error_responses(errors.ConversationNotFound, errors.Stale),
 )
-async def delete_conversation(chat: Chat, conversation_id: ConversationId, owner: Owner) -> Response:
+async def delete_conversation(
+    request: Request, chat: Chat, conversation_id: ConversationId, query: Write
+) -> Response:
     """Delete a conversation with all its messages."""
-    await chat.delete_conversation(conversation_id, owner.user_id)
+    condition = conditional.condition(request)
+    await chat.delete_conversation(conversation_id, query.user_id, condition=condition)
     return Response(status_code=204)

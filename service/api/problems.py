@@ -1,4 +1,4 @@
-"""Errors to problem documents (RFC 9457), or to OpenAI's errors below `/v1`, all through one envelope."""
+"""Turns every error into a problem document (RFC 9457), or below `/v1` into an error as OpenAI has it."""
 
 from __future__ import annotations
 
@@ -9,82 +9,93 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
 from service import errors
-from service.errors import ChatHistoryError, Fault
-from service.payloads import cut, json_path
+from service.api import dependencies
+from service.api.bodies import timestamp
+from service.errors import ChatHistoryError, Fault, cut, json_path
 
 MEDIA_TYPE = "application/problem+json"
-# What lies below it answers errors in OpenAI's shape.
+# Paths below this one answer with errors in OpenAI's shape.
 OPENAI_PATH = "/v1/"
 
 
 class FaultSchema(BaseModel):
-    """One place in the request and what is wrong with it."""
+    """A fault in the request: its place and what is wrong there."""
 
     path: str
     message: str
 
 
 class Problem(BaseModel):
-    """A problem document; `errors` is there for bad input, with the JSON path of each fault."""
+    """A problem document (RFC 9457); for bad input `errors` has the JSON path of each fault."""
 
     type: str
     title: str
     status: int
     detail: str
     errors: list[FaultSchema] | None = None
+    version: int | None = Field(None, description="Of a conversation that has changed.")
+    last_seq: int | None = Field(None, description="Of a conversation that has changed.")
+    missed: list[dict[str, Any]] | None = Field(
+        None,
+        description="The first messages after `expected_last_seq`, up to 100, for callers that may read.",
+    )
 
 
 class OpenAIFault(BaseModel):
-    """What went wrong, in OpenAI's terms; `param` is the place in the request."""
+    """The error in OpenAI's terms; `param` is the place in the request."""
 
     message: str
     type: str
     param: str | None
     code: str | None
+    version: int | None = Field(None, description="Of a conversation that has changed.")
+    last_seq: int | None = Field(None, description="Of a conversation that has changed.")
 
 
 class OpenAIError(BaseModel):
-    """An error as OpenAI's clients read it."""
+    """An error in the shape that OpenAI's clients read."""
 
     error: OpenAIFault
 
 
 _ALWAYS: tuple[type[ChatHistoryError], ...] = (
     errors.InvalidRequest,
+    errors.MalformedUrl,
     ChatHistoryError,
     errors.DatabaseUnavailable,
     errors.Unauthenticated,
-    errors.ScopeMissing,
+    errors.InsufficientScope,
     errors.CrossSiteRequest,
     errors.HostNotServed,
     errors.TooManyRequests,
 )
 
 
-def answers(*problems: type[ChatHistoryError]) -> dict[int | str, dict[str, Any]]:
-    """Declare for OpenAPI which of our errors a route can answer with; what any may, always."""
+def error_responses(*problems: type[ChatHistoryError]) -> dict[int | str, dict[str, Any]]:
+    """Declare for OpenAPI the errors of a route, and the errors that every route can answer with."""
     titles: dict[int, list[str]] = {}
     for problem in (*problems, *_ALWAYS):
         titles.setdefault(problem.status, []).append(problem.title)
     return {
-        status: _declared(status, " / ".join(said), MEDIA_TYPE, "Problem") for status, said in titles.items()
+        status: _declared(status, " / ".join(texts), MEDIA_TYPE, "Problem")
+        for status, texts in titles.items()
     }
 
 
-def openai_answers(*problems: type[ChatHistoryError]) -> dict[int | str, dict[str, Any]]:
-    """Declare the same for a route that answers in OpenAI's shape."""
+def openai_error_responses(*problems: type[ChatHistoryError]) -> dict[int | str, dict[str, Any]]:
+    """Declare the errors of a route that answers in OpenAI's shape."""
     titles: dict[int, list[str]] = {}
     for problem in (*problems, *_ALWAYS):
         titles.setdefault(_openai_status(problem), []).append(problem.title)
     return {
-        status: _declared(status, " / ".join(said), "application/json", "OpenAIError")
-        for status, said in titles.items()
+        status: _declared(status, " / ".join(texts), "application/json", "OpenAIError")
+        for status, texts in titles.items()
     }
 
 
@@ -103,22 +114,39 @@ def _declared(status: int, description: str, media_type: str, schema: str) -> di
 
 
 def respond(error: ChatHistoryError, scope: Scope, retry_after_s: int = 1) -> Response:
-    """Shape one of our errors as the caller of this path expects it."""
+    """Shape an error as the callers of this path expect it."""
     if scope["path"].startswith(OPENAI_PATH):
         return _openai_error(error, retry_after_s)
-    return problem(error, retry_after_s)
+    misdirected = error.status in _WRONG_API and _is_of_openai_client(scope)
+    return problem(error, retry_after_s, for_openai_client=misdirected)
 
 
-def problem(error: ChatHistoryError, retry_after_s: int = 1) -> Response:
-    """Shape one of our errors as a problem document."""
+# How an OpenAI client fails whose URL lacks the `/v1`: it then asks the native API.
+_WRONG_API = frozenset({404, 405, 422})
+_OPENAI_HINT = "For OpenAI's clients this service has another API: give them a base URL that ends in `/v1`."
+
+
+def _is_of_openai_client(scope: Scope) -> bool:
+    return any(name == b"x-stainless-lang" for name, _ in scope["headers"])
+
+
+def problem(error: ChatHistoryError, retry_after_s: int = 1, *, for_openai_client: bool = False) -> Response:
+    """Shape an error as a problem document.
+
+    An OpenAI client shows only an error's `error.message`, so for such a client the document has it, too.
+    """
     body: dict[str, Any] = {
         "type": f"urn:chat-history:problem:{error.slug()}",
         "title": error.title,
         "status": error.status,
         "detail": error.detail,
     }
+    if for_openai_client:
+        body["detail"] = f"{error.detail} {_OPENAI_HINT}"
+        body["error"] = {"message": body["detail"]}
     if error.faults:
         body["errors"] = [{"path": each.path, "message": each.message} for each in error.faults]
+    body |= error.facts
     return Response(_dumps(body), error.status, _headers(error, retry_after_s), MEDIA_TYPE)
 
 
@@ -139,12 +167,13 @@ def _openai_status(error: ChatHistoryError | type[ChatHistoryError]) -> int:
 
 
 def _openai_error(error: ChatHistoryError, retry_after_s: int) -> Response:
-    """Shape one of our errors as OpenAI does, and tell its client not to repeat what stays a conflict."""
+    """Shape an error as OpenAI does. OpenAI's client repeats a 409 unless a header forbids it."""
     body = {
         "message": error.detail or error.title,
         "type": _OPENAI_TYPES.get(error.status, "invalid_request_error"),
         "param": _param(error.faults[0].path) if error.faults else None,
         "code": error.slug().replace("-", "_"),
+        **{name: value for name, value in error.facts.items() if name != "missed"},
     }
     headers = _headers(error, retry_after_s)
     if error.status == 409:
@@ -160,9 +189,9 @@ def _param(path: str) -> str:
 
 
 def _dumps(body: dict[str, Any]) -> bytes:
-    # What a fault quotes of the request may hold a lone surrogate, which UTF-8 cannot carry.
+    # A fault may quote a lone surrogate of the request, which cannot be encoded as UTF-8.
     try:
-        return orjson.dumps(body)
+        return orjson.dumps(body, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
     except TypeError:
         return orjson.dumps(_representable(body))
 
@@ -183,30 +212,32 @@ def install(app: FastAPI, retry_after_s: int) -> None:
     @app.exception_handler(ChatHistoryError)
     async def ours(request: Request, error: ChatHistoryError) -> Response:
         request.state.problem = error.slug()
+        if isinstance(error, errors.Stale) and not dependencies.may_read(request):
+            error.hide_messages()
         return respond(error, request.scope, retry_after_s)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[: errors.FAULTS_MAX + 1]
         faults = [Fault(_place(each["loc"]), each["msg"]) for each in first]
-        summary = "; ".join(f"{each.path}: {each.message}" for each in faults[:3])
         request.state.problem = errors.InvalidRequest.slug()
-        return respond(errors.InvalidRequest(summary, faults), request.scope)
+        return respond(errors.InvalidRequest.of(faults), request.scope)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        response = respond(_of_status(error.status_code, str(error.detail)), request.scope)
+        response = respond(_of_status(error, request.scope["path"]), request.scope)
         response.headers.update(error.headers or {})
         if error.status_code == 405:
-            # The framework names the methods of the first route of this path only.
-            response.headers["Allow"] = ", ".join(_methods(request))
+            # The framework names only the methods of the first route with this path.
+            # The pages of the console are not in the description of the API.
+            response.headers["Allow"] = ", ".join(_methods(request)) or response.headers["Allow"]
         return response
 
 
 def _methods(request: Request) -> list[str]:
     """Return the methods of all routes that have this path."""
-    described: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
-    for route, methods in described.items():
+    paths: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    for route, methods in paths.items():
         pattern = re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(route))
         if re.fullmatch(pattern, request.scope["path"]):
             return sorted(method.upper() for method in methods)
@@ -214,17 +245,32 @@ def _methods(request: Request) -> list[str]:
 
 
 def _place(loc: tuple[str | int, ...]) -> str:
-    """Name the place of a fault: `query.limit`, `path.conversation_id`, or a JSON path in the body."""
+    """Return the place of a fault: `query.limit`, `path.conversation_id`, or a JSON path in the body."""
     kind, *steps = loc
     if kind == "body":
         return json_path(tuple(steps))
     return ".".join(cut(str(each)) for each in loc)
 
 
-def _of_status(status: int, detail: str) -> ChatHistoryError:
-    """Make an error of ours of what the framework answers by itself (no such route or method)."""
+# The framework's own details are titles: "Not Found".
+_DETAILS = {
+    404: "This service has no such path. `/openapi.json` has every path.",
+    405: "This path does not have this method. The header `Allow` has the methods of this path.",
+}
+
+
+_OPENAI_404 = (
+    "OpenAI's API has no such path here. The native API has no `/v1`: give its clients a base URL without it."
+)
+
+
+def _of_status(error: HTTPException, path: str) -> ChatHistoryError:
+    """Turn an error of the framework (no such path, no such method) into one of this service."""
+    status = error.status_code
     phrase = HTTPStatus(status).phrase
     named: type[ChatHistoryError] = type(
         phrase.replace(" ", ""), (ChatHistoryError,), {"status": status, "title": phrase}
     )
-    return named(detail)
+    if status == 404 and path.startswith(OPENAI_PATH):
+        return named(_OPENAI_404)
+    return named(_DETAILS.get(status, f"The request could not be served: {error.detail}."))

@@ -1,15 +1,11 @@
-"""Bodies in and out, as the API says them; no document of the database leaves the service."""
+"""Pydantic models of the API: request bodies, queries and answers."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-from collections.abc import AsyncIterator, Mapping
-from datetime import UTC, datetime, timedelta
+import re
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import (
     AwareDatetime,
     BaseModel,
@@ -17,45 +13,47 @@ from pydantic import (
     ConfigDict,
     Field,
     TypeAdapter,
+    WithJsonSchema,
 )
-from starlette.responses import Response, StreamingResponse
 
-from service.chat_service import ConversationList, History, ListPosition
-from service.documents import Conversation, Id, MessageFields, Seq, Time, Title
-from service.errors import Fault, InvalidRequest, MalformedDocument
-from service.roles import Role
-
-NDJSON = "application/x-ndjson"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+from service.clock import EPOCH
+from service.documents import REPLACED_FIELDS, MessageFields, Seq, Time, Title
+from service.formats.openai_items import Role
+from service.tenancy import Id
 
 
 def _plain_digits(value: Any) -> Any:
-    """Refuse what `int` would also take: signs, spaces, underscores, other scripts' digits."""
+    """Refuse signs, spaces, underscores and digits of other scripts, which `int` would accept."""
     if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
         raise ValueError("must be digits only")
     return value
 
 
 def digits(bounded: Any) -> BeforeValidator:
-    """Read a query parameter as digits only; its schema stays that of the bounded integer."""
+    """Accept only digits in a query parameter. The schema is still the one of the bounded integer."""
     return BeforeValidator(_plain_digits, json_schema_input_type=bounded)
 
 
 _Items = Annotated[int, Field(ge=1, le=1_000)]
 ID_SCHEMA = TypeAdapter(Id).json_schema()
+# Room for a time and an id of ID_BYTES_MAX, in base64.
+CURSOR_CHARS_MAX = 2_048
 PageItems = Annotated[_Items, digits(_Items)]
+_Wait = Annotated[int, Field(ge=0, le=60)]
+WaitSeconds = Annotated[_Wait, digits(_Wait)]
 SeqParameter = Annotated[Seq, digits(Seq)]
+_DATE = re.compile(r"[0-9]{4}-")
 
 
 def _text(value: Any) -> Any:
-    """Refuse a number, which would be read as seconds since 1970."""
-    if not isinstance(value, str):
-        raise ValueError("must be a time, as text")  # noqa: TRY004  (what Pydantic turns into a fault)
+    """Refuse a number, also one in a text, which Pydantic would read as seconds since 1970."""
+    if not isinstance(value, str) or not _DATE.match(value):
+        raise ValueError("must be a time, as text like 2026-01-31T12:00:00Z")
     return value
 
 
-# A body is read strictly, but JSON has no times: theirs come as text.
-Expiry = Annotated[Time, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)]
+# A body is validated strictly, but JSON has no type for times, so a time is text.
+TextTime = Annotated[Time, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)]
 
 
 class _Closed(BaseModel):
@@ -66,20 +64,21 @@ class NewConversation(_Closed):
     """A conversation to get or create."""
 
     user_id: Id
-    id: Id | None = Field(None, description="An id of your own; without it a new one is made.")
+    id: Id | None = Field(None, description="An id of your choice; without it the service makes one.")
     title: Title | None = None
     metadata: dict[str, Any] | None = None
-    expires_at: Expiry | None = Field(
-        None, description="From then on it is removed, with its messages; soon, where that is past already."
+    expires_at: TextTime | None = Field(
+        None,
+        description="The conversation is removed with its messages after this time; a past time means soon.",
     )
 
 
 class ConversationChanges(_Closed):
-    """What to change; what is left out stays, null clears."""
+    """The fields to change. A field that is left out stays as it is; null clears it."""
 
     title: Title | None = None
-    metadata: dict[str, Any] | None = Field(None, description="Replaces the metadata as a whole.")
-    expires_at: Expiry | None = None
+    metadata: dict[str, Any] | None = Field(None, description="Replaces the whole metadata.")
+    expires_at: TextTime | None = None
 
 
 def _without_default(schema: dict[str, Any]) -> None:
@@ -87,19 +86,87 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 
 class NewMessage(MessageFields):
-    """A message to append. Fields that are not named here are kept as they are."""
+    """A message to append. Fields that are not listed here are kept as they are."""
 
     id: Id = Field(
         "",
-        description="An id of your own, unique in its conversation; it makes the append repeatable.",
+        description="An id of your own, unique in the conversation. A repeated append is then stored once.",
         json_schema_extra=_without_default,
     )
 
 
-class NewMessages(_Closed):
+class AppendedConversation(_Closed):
+    """The conversation that an append creates if it is not there; an existing one stays as it is."""
+
+    user_id: Id
+    title: Title | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class _Append(_Closed):
+    conversation: AppendedConversation = Field(
+        AppendedConversation.model_construct(user_id=""),
+        description="Create the conversation first, if it is not there. It must belong to this user.",
+        json_schema_extra=_without_default,
+    )
+
+
+class NewMessages(_Append):
     """A batch of messages, appended whole or not at all."""
 
     messages: list[NewMessage] = Field(min_length=1, max_length=1_000)
+
+
+class NamedMessage(NewMessage):
+    """A message with an id, by which it is found again."""
+
+    id: Id
+
+
+def _without_id(schema: dict[str, Any]) -> None:
+    """Declare for OpenAPI that the id is in the path; a body may repeat it."""
+    schema["not"] = {"required": ["id"]}
+
+
+class Replacement(MessageFields):
+    """What a message is replaced with. Fields that are not listed here are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_without_id)
+
+
+class History(_Closed):
+    """The messages that the history is to have, in order."""
+
+    messages: list[NamedMessage] = Field(max_length=1_000)
+
+
+def _message_with_role(schema: dict[str, Any]) -> None:
+    """Declare for OpenAPI that an item that is a message has a role, and that any other item has a type."""
+    content = {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]}
+    message = {"role": {"type": "string"}, "content": content}
+    schema["anyOf"] = [
+        {"required": ["role"], "properties": {"type": {"const": "message"}, **message}},
+        {"required": ["type"], "properties": {"type": {"type": "string", "not": {"const": "message"}}}},
+    ]
+
+
+class Item(BaseModel):
+    """An item of any type, as in OpenAI's Responses API and Agents SDK. The item is kept as it is.
+
+    An item with a role and no type is a message.
+    """
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_message_with_role)
+
+
+# An item is accepted as it is; the model above only describes items for OpenAPI.
+_Item = Annotated[dict[str, Any], WithJsonSchema(Item.model_json_schema())]
+
+
+class NewItems(_Append):
+    """A batch of items, appended whole or not at all, each as one message."""
+
+    items: list[_Item] = Field(min_length=1, max_length=1_000)
 
 
 class ConversationOut(BaseModel):
@@ -112,24 +179,60 @@ class ConversationOut(BaseModel):
     title: str | None
     metadata: dict[str, Any]
     created_at: AwareDatetime
-    updated_at: AwareDatetime
+    updated_at: Annotated[AwareDatetime, Field(description="The latest change of any kind.")]
+    active_at: Annotated[
+        AwareDatetime,
+        Field(description="The latest message, or the creation. It orders the list."),
+    ]
     last_seq: Seq
     message_count: Seq
-    expires_at: AwareDatetime | None = Field(None, description="Only where it is set.")
+    version: Annotated[int, Field(ge=0, description="How often the history changed.")]
+    expires_at: AwareDatetime | None = Field(None, description="Only present if it is set.")
 
 
 class MessageOut(MessageFields):
-    """A stored message: what the service says of it, then the fields that were sent, in their order."""
+    """A stored message: the service's own fields, then the fields that were sent, in their order."""
 
     id: Id
     conversation_id: Id
     user_id: Id
     seq: Annotated[int, Field(ge=1)]
     created_at: AwareDatetime
+    revision: int = Field(
+        0, description="How often it was replaced, if it was.", json_schema_extra=_without_default
+    )
+    updated_at: AwareDatetime = Field(
+        EPOCH, description="When it was replaced last, if it was.", json_schema_extra=_without_default
+    )
+
+
+class MessageItems(BaseModel):
+    """A stored message as items: the service's own fields, then the items."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+    conversation_id: Id
+    user_id: Id
+    seq: Annotated[int, Field(ge=1)]
+    created_at: AwareDatetime
+    revision: int = Field(0, json_schema_extra=_without_default)
+    updated_at: AwareDatetime = Field(EPOCH, json_schema_extra=_without_default)
+    items: list[Item] = Field(
+        min_length=1,
+        description="The item exactly as it was appended. A message that was not appended as an item reads "
+        "as a model takes it: the message, if it has content, and a `function_call` for each tool call.",
+    )
+
+
+class PoppedItems(MessageItems):
+    """The deleted message, as items and as it was stored."""
+
+    message: MessageOut
 
 
 class Reference(BaseModel):
-    """What a key without the scope `read` is told of what it wrote: the id."""
+    """The answer to a key without the scope `read`: the id of what the key wrote."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -137,7 +240,7 @@ class Reference(BaseModel):
 
 
 class References(BaseModel):
-    """What a key without the scope `read` is told of a batch that it wrote: the ids."""
+    """The answer to a key without the scope `read`: the ids of the batch that the key wrote."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -147,7 +250,7 @@ class References(BaseModel):
 
 
 class ConversationPage(BaseModel):
-    """A page of conversations; `next` is the cursor to go on with."""
+    """A page of conversations; `next` is the cursor of the next page."""
 
     data: list[ConversationOut]
     has_more: bool
@@ -155,42 +258,100 @@ class ConversationPage(BaseModel):
 
 
 class MessagePage(BaseModel):
-    """A page of messages; `next` is the seq to go on from."""
+    """A page of messages; `next` is the seq from which the next page goes on."""
 
     data: list[MessageOut]
     has_more: bool
     next: int | None
 
 
+class MessageItemsPage(BaseModel):
+    """A page of messages as items; `next` is the seq from which the next page goes on."""
+
+    data: list[MessageItems]
+    has_more: bool
+    next: int | None
+
+
 class Health(BaseModel):
-    """How the service is."""
+    """The state of the service."""
 
     status: Literal["live", "ready"]
+    missing_indexes: list[str] = Field(
+        [], description="The indexes that are being built, if there are any. Calls that use them are slower."
+    )
 
 
 class ListQuery(BaseModel):
-    """The query of the list of conversations."""
+    """The query of a list of conversations."""
 
     model_config = ConfigDict(extra="forbid")
 
-    user_id: Id
+    user_id: Id | None = Field(None, description="The owner; without it the conversations of all users.")
     limit: PageItems | None = None
-    cursor: Annotated[str, Field(max_length=512)] | None = None
+    cursor: Annotated[str, Field(max_length=CURSOR_CHARS_MAX)] | None = None
 
 
 class OwnerQuery(BaseModel):
-    """The query that every call on a conversation may carry."""
+    """The query that every call on a conversation accepts."""
 
     model_config = ConfigDict(extra="forbid")
 
-    user_id: Id | None = Field(None, description="Then the conversation must be this user's.")
+    user_id: Id | None = Field(None, description="If given, the conversation must belong to this user.")
 
 
-class CutQuery(OwnerQuery):
-    """The query of cutting off the end of a conversation."""
+_EXPECTED = Field(
+    None,
+    description="Write only if no message was appended after this seq (0: only if there is none), else "
+    "answer 409 (`stale`), with the messages that were missed.",
+)
+
+
+class ExpectedQuery(BaseModel):
+    """The query of a write that has no other parameter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    expected_last_seq: SeqParameter | None = _EXPECTED
+
+
+class WriteQuery(OwnerQuery):
+    """The query of a call that writes to a conversation."""
+
+    expected_last_seq: SeqParameter | None = _EXPECTED
+
+
+class ViewQuery(OwnerQuery):
+    """The query of a call that returns messages."""
+
+    view: Literal["messages", "items"] = Field(
+        "messages", alias="as", description="Messages as they are stored, or as items of OpenAI's APIs."
+    )
+
+
+class PutQuery(WriteQuery):
+    """The query of replacing a message."""
+
+    upsert: bool = Field(False, description="Append the message if there is none with this id.")
+
+
+class PutHistoryQuery(WriteQuery):
+    """The query of replacing a history."""
 
     after: SeqParameter | None = Field(
-        None, description="Keep the messages up to this seq; without it all are deleted."
+        None, description="Keep the messages up to this seq, and replace what follows; 0 if it is left out."
+    )
+
+
+class PopQuery(ViewQuery, WriteQuery):
+    """The query of taking the newest message."""
+
+
+class DeleteMessagesQuery(WriteQuery):
+    """The query of deleting the newest messages."""
+
+    after: SeqParameter | None = Field(
+        None, description="Keep the messages up to this seq; without it all messages are deleted."
     )
 
 
@@ -199,11 +360,11 @@ class EraseQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    dry_run: bool = Field(False, description="Count, and remove nothing.")
+    dry_run: bool = Field(False, description="Count conversations and messages, and remove nothing.")
 
 
 class EraseReceipt(BaseModel):
-    """What an erasure removed, or would remove."""
+    """The counts that an erasure removed, or would remove."""
 
     user_id: Id
     conversations: Seq
@@ -211,104 +372,149 @@ class EraseReceipt(BaseModel):
     dry_run: bool
 
 
-class HistoryQuery(OwnerQuery):
-    """The query of a history."""
+class ErasureProgress(BaseModel):
+    """An erasure: the counts of what is gone so far or, when it is done, of all that was removed."""
+
+    id: Id
+    user_id: Id
+    state: Literal["running", "done"]
+    conversations: Seq
+    messages: Seq
+
+
+_Most = Annotated[int, Field(ge=1, le=10**9)]
+Most = Annotated[_Most, digits(_Most)]
+
+
+class ContextQuery(OwnerQuery):
+    """The query of the context of a model call; exactly one of the three maxima is given."""
+
+    max_tokens: Most | None = Field(None, description="The most tokens that the context may have.")
+    max_messages: Most | None = Field(None, description="The most messages that the context may have.")
+    max_turns: Most | None = Field(None, description="The most turns that the context may have.")
+    keep_ratio: float = Field(
+        0.7, ge=0, le=1, description="How much is kept, about, when the context has to be cut down."
+    )
+    format: Literal["native", "openai", "responses", "anthropic"] = "native"
+    tool_results: (
+        Annotated[str, Field(pattern=r"^(keep:\d{1,9}|over:\d{1,9}|keep:\d{1,9},over:\d{1,9})$")] | None
+    ) = Field(
+        None,
+        description="`keep:3,over:2000`: results that are older than the newest 3, and have more than "
+        "2,000 tokens, become a text that names their message. What is left out is 0.",
+    )
+    repair: Literal["placeholder", "none"] | None = Field(
+        None,
+        description="What to do about calls without a result that are not in the last step. `placeholder` "
+        "gives them one, and is the default but for `native`.",
+    )
+
+
+class LeftOut(BaseModel):
+    """How much of the conversation is not in its context."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Seq
+    tokens: Seq | None = Field(description="Null where messages of an earlier version or an import begin it.")
+
+
+class ContextCall(BaseModel):
+    """A call of a tool without a result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tool_call_id: str
+    name: str
+    message_id: Id
+
+
+_UptoSeq = Annotated[int, Field(ge=1, le=2**63 - 1)]
+
+
+def _whole(value: Any) -> Any:
+    """Read `5.0` as 5, because JSON has one type of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class NewCheckpoint(_Closed):
+    """A summary of the history up to a seq, at which a turn ends."""
+
+    upto_seq: Annotated[_UptoSeq, BeforeValidator(_whole, json_schema_input_type=_UptoSeq)]
+    summary: str = Field(min_length=1, max_length=65_536)
+    metadata: dict[str, Any] | None = None
+
+
+class CheckpointOut(BaseModel):
+    """A checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+    conversation_id: Id
+    user_id: Id
+    upto_seq: Annotated[Seq, Field(ge=1)]
+    created_at: AwareDatetime
+    summary: str
+    metadata: dict[str, Any] | None
+
+
+class CheckpointList(BaseModel):
+    """All checkpoints of a conversation, newest first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: list[CheckpointOut]
+
+
+class ContextOut(BaseModel):
+    """The context of a model call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    system: list[dict[str, Any]] | None = Field(None, description="Only with `format=anthropic`.")
+    messages: list[dict[str, Any]] = Field(description="In the form that `format` names.")
+    from_seq: Seq | None = Field(description="The first message behind the head and the summary.")
+    to_seq: Seq | None
+    last_seq: Seq
+    version: Seq
+    tokens: Seq
+    tokens_estimated: bool = Field(description="Whether any message has no `token_count` of its own.")
+    over_budget: bool = Field(description="Whether the head, or the head and the last step, is too large.")
+    left_out: LeftOut
+    checkpoint: CheckpointOut | None
+    open_tool_calls: list[ContextCall]
+    synthetic: list[ContextCall] = Field(description="The calls that got a result that says there is none.")
+
+
+class HistoryQuery(ViewQuery):
+    """The query of a conversation's history."""
 
     limit: PageItems | None = None
-    after: SeqParameter | None = Field(None, description="Only seqs above this one.")
-    before: SeqParameter | None = Field(None, description="Only seqs below this one.")
+    after: SeqParameter | None = Field(None, description="Only messages with a seq above this one.")
+    before: SeqParameter | None = Field(None, description="Only messages with a seq below this one.")
     last: PageItems | None = Field(
-        None, description="The newest so many, oldest first; not with limit or order."
+        None, description="This many of the newest messages, oldest first; not with limit or order."
     )
     order: Literal["asc", "desc"] | None = None
-    since: Time | None = Field(None, description="From this time on, it included.")
-    until: Time | None = Field(None, description="Up to this time, it included.")
+    since: TextTime | None = Field(None, description="Only messages at or after this time.")
+    until: TextTime | None = Field(None, description="Only messages at or before this time.")
     role: Role | None = None
+    wait: WaitSeconds | None = Field(
+        None, description="With `after`: if nothing is there yet, wait for so many seconds for a message."
+    )
 
 
-# -- answers ---------------------------------------------------------------------------------------
+class EventsQuery(BaseModel):
+    """The query of the events of a list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    user_id: Id | None = Field(None, description="Only this user's. Without it, `admin` is needed.")
 
 
-def timestamp(time: datetime) -> str:
-    """Say a time, which is UTC wherever this service has one, as RFC 3339 in milliseconds."""
-    return time.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
-
-
-def dumps(value: Any) -> bytes:
-    """Encode an answer as JSON; its only values that are not JSON are times.
-
-    Raises MalformedDocument for a value that somebody stored by hand and that JSON does not have.
-    """
-    try:
-        return orjson.dumps(value, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
-    except TypeError as error:
-        raise MalformedDocument(
-            "This call reads a value of a type that JSON does not have. Replace it in the database."
-        ) from error
-
-
-def lines(values: list[dict[str, Any]]) -> bytes:
-    """Encode values as lines of JSON."""
-    return b"".join(dumps(each) + b"\n" for each in values)
-
-
-async def stream_lines(parts: AsyncIterator[list[dict[str, Any]]]) -> Response:
-    """Answer with lines as they come; what can be refused is refused before the first byte of the answer."""
-    first = await anext(parts)
-
-    async def encoded() -> AsyncIterator[bytes]:
-        yield lines(first)
-        # An error in here ends the connection without the last chunk, so that no client takes what was cut
-        # short for a whole.
-        async for part in parts:
-            yield lines(part)
-
-    return StreamingResponse(encoded(), media_type=NDJSON)
-
-
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Answer with JSON, without a detour through models: what is stored was checked when it came."""
-    return Response(dumps(value), status, dict(headers or {}), "application/json")
-
-
-def conversation_out(conversation: Conversation) -> dict[str, Any]:
-    """Shape a conversation as ConversationOut."""
-    shaped = {name: getattr(conversation, name) for name in ConversationOut.model_fields}
-    if shaped["expires_at"] is None:
-        del shaped["expires_at"]
-    return shaped
-
-
-def conversation_page(page: ConversationList) -> dict[str, Any]:
-    """Shape a page as ConversationPage."""
-    return {
-        "data": [conversation_out(each) for each in page.conversations],
-        "has_more": page.has_more,
-        "next": cursor(page.next) if page.next else None,
-    }
-
-
-def message_page(page: History) -> dict[str, Any]:
-    """Shape a page as MessagePage."""
-    return {"data": page.messages, "has_more": page.has_more, "next": page.next}
-
-
-def cursor(position: ListPosition) -> str:
-    """Write a position of the list as an opaque word for URLs."""
-    ms = (position.updated_at - _EPOCH) // timedelta(milliseconds=1)
-    return base64.urlsafe_b64encode(f"{ms}:{position.conversation_id}".encode()).decode().rstrip("=")
-
-
-def position(word: str) -> ListPosition:
-    """Read a cursor back. Raises InvalidRequest for any that this service did not write."""
-    with contextlib.suppress(binascii.Error, ValueError, OverflowError):
-        text = base64.b64decode(word + "=" * (-len(word) % 4), b"-_", validate=True).decode()
-        ms, _, conversation_id = text.partition(":")
-        found = ListPosition(_EPOCH + timedelta(milliseconds=int(ms)), conversation_id)
-        # What is read is only a cursor of ours if it is written in the same way.
-        # Its id may be any text that somebody gave a conversation by hand, or the list would end there.
-        is_text = conversation_id != "" and conversation_id.isprintable() and "/" not in conversation_id
-        if is_text and cursor(found) == word:
-            return found
-    why = "is not a cursor of this service"
-    raise InvalidRequest(f"query.cursor {why}.", [Fault("query.cursor", why)])
+def service_fields(message: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a message that the service sets."""
+    own = ["id", "conversation_id", "user_id", "seq", "created_at"]
+    own += REPLACED_FIELDS if isinstance(message.get("updated_at"), datetime) else ()
+    return {name: message[name] for name in own}
