@@ -19,6 +19,9 @@ from uuid import uuid4
 import httpx
 
 START_TIMEOUT_S = 60.0
+# Without the system's certificates, because the service speaks plain HTTP, and a client that reads them
+# computes for 40 ms.
+_OPTIONS: dict[str, Any] = {"timeout": 60, "verify": False}
 
 
 def free_port() -> int:
@@ -36,8 +39,22 @@ def new_id(kind: str = "c") -> str:
     return f"{kind}-{uuid4().hex[:16]}"
 
 
+def fresh_database_url() -> str | None:
+    """Return a URL of a new database on the MongoDB that the tests are to use, if they are."""
+    url = os.environ.get("TEST_MONGODB_URL")
+    if url is None:
+        return None
+    fresh_urls.append(on_database(url, new_id("test")))
+    return fresh_urls[-1]
+
+
+fresh_urls: list[str] = []
+
+
 class Service:
     """One service process and, unless it is given a `mongodb_url`, the engine that it starts.
+
+    With TEST_MONGODB_URL it gets a database of its own there, in place of an engine; `conftest` drops it.
 
     `settings` are the names of settings in lower case (`body_bytes_max=2048`). Ports and the data
     directory stay the same when it is started again.
@@ -47,7 +64,7 @@ class Service:
         self.directory = directory
         self.port = free_port()
         self.embedded_port = free_port()
-        self.mongodb_url = mongodb_url
+        self.mongodb_url = mongodb_url or fresh_database_url()
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
         self.log = directory / f"service-{self.port}.log"
@@ -103,25 +120,34 @@ class Service:
 
     def wait_until(self, path: str, status: int = 200, timeout_s: float = START_TIMEOUT_S) -> None:
         deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            assert self.process is not None
-            if self.process.poll() is not None:
-                raise AssertionError(f"the service ended, code {self.process.returncode}:\n{self.output()}")
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(self.url + path, timeout=10).status_code == status:
-                    return
-            time.sleep(0.03)
+        with self.client(timeout=10) as client:
+            while time.monotonic() < deadline:
+                assert self.process is not None
+                if self.process.poll() is not None:
+                    code = self.process.returncode
+                    raise AssertionError(f"the service ended, code {code}:\n{self.output()}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if client.get(path).status_code == status:
+                        return
+                time.sleep(0.05)
         raise AssertionError(f"{path} did not answer {status} within {timeout_s} s:\n{self.output()}")
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def wait_to_say(self, text: str, timeout_s: float = 20) -> None:
+        """Wait until the output has a text, because the banner is printed beside the first answers."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.output():
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.05)
+
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, **options)
+        return httpx.Client(base_url=self.url, **{**_OPTIONS, **options})
 
     def async_client(self, **options: Any) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None)
-        return httpx.AsyncClient(base_url=self.url, timeout=60, limits=limits, **options)
+        return httpx.AsyncClient(base_url=self.url, limits=limits, **{**_OPTIONS, **options})
 
     def stop(self, timeout_s: float = 30) -> int:
         """End it as an operator does, and return its exit code."""
@@ -140,7 +166,7 @@ class Service:
     def engine_pid(self) -> int:
         """The process id of the engine, found as the child of the guard that is our child."""
         assert self.process is not None
-        (guard,) = children(self.process.pid, "embedded_guard")
+        (guard,) = children(self.process.pid, "embedded/guard.py")
         (engine,) = children(guard, "secantusd")
         return engine
 
@@ -174,6 +200,34 @@ def running(directory: Path, **options: Any) -> Iterator[Service]:
             if service.process.poll() is None:
                 service.stop()
             assert service.engine_is_gone()
+
+
+# -- what an operator does ----------------------------------------------------------------------------
+
+
+def command(service: Service, *arguments: str, **changed: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of `chat-history` with the settings of a service, beside it or in its place."""
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        env=service.environment() | changed,
+        cwd=service.directory,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def keys(service: Service, *arguments: str) -> str:
+    """Run `chat-history keys …`, and return what it says."""
+    done = command(service, "keys", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def new_key(service: Service, *scopes: str, tenant: str = "") -> str:
+    options = [part for scope in scopes for part in ("--scope", scope)]
+    return keys(service, "create", "test", *options, *(["--tenant", tenant] if tenant else []))
 
 
 # -- what a client does ------------------------------------------------------------------------------
@@ -219,5 +273,5 @@ def contents(messages: list[Any]) -> list[Any]:
 
 def sent(message: dict[str, Any]) -> dict[str, Any]:
     """What the caller said in a stored message, without what the service adds."""
-    ours = {"id", "conversation_id", "user_id", "seq", "created_at"}
+    ours = {"id", "conversation_id", "user_id", "seq", "created_at", "revision", "updated_at"}
     return {name: value for name, value in message.items() if name not in ours}

@@ -3,7 +3,8 @@
 A real MongoDB in trouble is hard to come by in a test. This proxy stands between the service and the engine.
 It hides that the engine is the embedded one, so that the service takes its MongoDB paths. It keeps every
 command that it saw. It answers chosen commands with an error, a write concern error, a delay or a lost
-connection. And it plays a replica set whose majority lags behind its primary (see `lag`).
+connection. It plays a replica set whose majority lags behind its primary (see `lag`). With `sharded` it says
+that it is a cluster's router.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Document = dict[str, Any]
 Commits = Literal["wait", "fail", "succeed"]
 
 _HEADER = struct.Struct("<iiii")  # length, request id, response to, operation
-_OP_REPLY, _OP_QUERY, _OP_MSG = 1, 2004, 2013
+_OP_REPLY, _OP_QUERY, OP_MSG = 1, 2004, 2013
 _MORE_TO_COME = 2
 _READS = {"find", "aggregate", "count", "distinct"}
 _HELLO = {"hello", "ismaster", "isMaster"}
@@ -92,7 +93,7 @@ class Rule:
 
 
 @dataclass
-class _Message:
+class Message:
     """One message of the protocol: its bytes, and the document in it where it has one that is understood."""
 
     raw: bytes
@@ -123,13 +124,14 @@ class _Message:
 class MongoProxy(Proxy):
     """Stands before an engine, for one database of it; `url` is where the service connects."""
 
-    def __init__(self, url: str, database: str, *, hide_engine: bool = True) -> None:
+    def __init__(self, url: str, database: str, *, hide_engine: bool = True, sharded: bool = False) -> None:
         host, port = parse_uri(url)["nodelist"][0]
         assert host in {"127.0.0.1", "localhost"}, "the engine must be on this machine"
         super().__init__(int(port))
         self._target_url = urlsplit(url)
         self.database = database
         self.hide_engine = hide_engine
+        self.sharded = sharded
         self.rules: list[Rule] = []
         self.seen: list[Command] = []
         self._lagging = False
@@ -259,7 +261,7 @@ class MongoProxy(Proxy):
         """Take a message, pass it on or not, and answer it, one after the other, until either side ends."""
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
-                request = await _receive(reader)
+                request = await receive(reader)
                 await self._open.wait()
                 command = Command(next(iter(request.document), ""), request.document)
                 self.seen.append(command)
@@ -270,7 +272,7 @@ class MongoProxy(Proxy):
                 if rule.drop == "before":
                     return
                 if rule.answer is not None:
-                    writer.write(_answer_to(request, rule.answer))
+                    writer.write(answer_to(request, rule.answer))
                     await writer.drain()
                     continue
                 was_lagging = self._lagging
@@ -278,7 +280,7 @@ class MongoProxy(Proxy):
                 await there_writer.drain()
                 if request.flags & _MORE_TO_COME:
                     continue
-                answer = await _receive(there_reader)
+                answer = await receive(there_reader)
                 document = await self._answered(command, answer.document, rule, was_lagging)
                 command.answer = document
                 await self._open.wait()
@@ -288,7 +290,7 @@ class MongoProxy(Proxy):
                 writer.write(raw)
                 await writer.drain()
 
-    def _forwarded(self, command: Command, request: _Message) -> bytes:
+    def _forwarded(self, command: Command, request: Message) -> bytes:
         """The request as the engine gets it."""
         document = command.document
         if command.name in _HELLO and "compression" in document:
@@ -303,7 +305,9 @@ class MongoProxy(Proxy):
         """The engine's answer as the service gets it."""
         if command.name in _HELLO:
             # Without a topologyVersion the driver polls; with one it would let answers come unasked.
-            return {k: v for k, v in answer.items() if k not in {"topologyVersion", "compression"}}
+            hidden = {"topologyVersion", "compression"} | ({"setName"} if self.sharded else set())
+            answer = {k: v for k, v in answer.items() if k not in hidden}
+            return {**answer, "msg": "isdbgrid"} if self.sharded else answer
         if command.name.lower() == "buildinfo" and self.hide_engine:
             return {k: v for k, v in answer.items() if not k.startswith("secantus")}
         cursor = answer.get("cursor")
@@ -335,12 +339,12 @@ class MongoProxy(Proxy):
         return None
 
 
-async def _receive(reader: asyncio.StreamReader) -> _Message:
+async def receive(reader: asyncio.StreamReader) -> Message:
     head = await reader.readexactly(16)
     length, _, _, operation = _HEADER.unpack(head)
-    message = _Message(head + await reader.readexactly(length - 16))
-    if operation == _OP_MSG:
-        message.flags, message.document = _parsed(message.raw)
+    message = Message(head + await reader.readexactly(length - 16))
+    if operation == OP_MSG:
+        message.flags, message.document = parsed(message.raw)
     elif operation == _OP_QUERY:
         message.document = bson.decode(message.raw[message.raw.index(b"\0", 20) + 9 :])
     elif operation == _OP_REPLY:
@@ -350,20 +354,22 @@ async def _receive(reader: asyncio.StreamReader) -> _Message:
     return message
 
 
-def _parsed(raw: bytes) -> tuple[int, Document]:
+def parsed(raw: bytes, options: bson.CodecOptions[Any] | None = None) -> tuple[int, Document]:
     """Return the flags of an OP_MSG, and its command with its document sequences as lists."""
+    options = options or _TIMES
     (flags,) = struct.unpack_from("<i", raw, 16)
     end = len(raw) - (4 if flags & 1 else 0)  # behind it stands a checksum
-    at, document, sequences = 20, {}, {}
+    document: Document = {}
+    at, sequences = 20, {}
     while at < end:
         kind = raw[at]
         (size,) = struct.unpack_from("<i", raw, at + 1)
         section = raw[at + 1 : at + 1 + size]
         if kind == 0:
-            document = bson.decode(section, _TIMES)
+            document = bson.decode(section, options)
         else:
             name, _, documents = section[4:].partition(b"\0")
-            sequences[name.decode()] = bson.decode_all(documents, _TIMES)
+            sequences[name.decode()] = bson.decode_all(documents, options)
         at += 1 + size
     return flags, {**document, **sequences}
 
@@ -371,13 +377,13 @@ def _parsed(raw: bytes) -> tuple[int, Document]:
 _TIMES: bson.CodecOptions[Document] = bson.CodecOptions(tz_aware=True)
 
 
-def _answer_to(request: _Message, document: Document) -> bytes:
+def answer_to(request: Message, document: Document) -> bytes:
     """An answer of our own."""
     encoded = bson.encode(document)
     if request.operation == _OP_QUERY:
         body, operation = struct.pack("<iqii", 8, 0, 0, 1) + encoded, _OP_REPLY
     else:
-        body, operation = struct.pack("<iB", 0, 0) + encoded, _OP_MSG
+        body, operation = struct.pack("<iB", 0, 0) + encoded, OP_MSG
     return _HEADER.pack(16 + len(body), 0, request.request_id, operation) + body
 
 

@@ -14,14 +14,14 @@ from agents.testing import ScriptedModel, assistant_message, function_call
 from langchain_core.messages import HumanMessage
 from pydantic_ai.messages import ModelRequest, UserPromptPart
 
-from service.clients import ChatHistoryClient, SyncChatHistoryClient
-from service.clients.agents import ChatHistorySession
-from service.clients.langchain import ChatHistoryMessages
-from service.clients.pydantic_ai import ChatHistoryStore
+from chat_history_client import AsyncChatHistoryClient, ChatHistoryClient
+from chat_history_client.langchain import ChatHistoryMessages
+from chat_history_client.openai_agents import ChatHistorySession
+from chat_history_client.pydantic_ai import ChatHistoryStore
 from tests.harness import Service, new_id
 from tests.proxy import Proxy, proxied
 
-Write = Callable[[ChatHistoryClient, str], Awaitable[Any]]
+Write = Callable[[AsyncChatHistoryClient, str], Awaitable[Any]]
 
 
 @pytest.fixture
@@ -31,15 +31,9 @@ def proxy(service: Service) -> Iterator[Proxy]:
 
 
 @pytest.fixture
-async def slow(proxy: Proxy) -> AsyncIterator[ChatHistoryClient]:
+async def slow(proxy: Proxy) -> AsyncIterator[AsyncChatHistoryClient]:
     """A client whose requests the test's proxy can hold."""
-    async with ChatHistoryClient(f"http://127.0.0.1:{proxy.port}") as client:
-        yield client
-
-
-@pytest.fixture
-async def history(service: Service) -> AsyncIterator[ChatHistoryClient]:
-    async with ChatHistoryClient(service.url) as client:
+    async with AsyncChatHistoryClient(f"http://127.0.0.1:{proxy.port}") as client:
         yield client
 
 
@@ -73,7 +67,7 @@ async def types_after_a_run_cancelled_at_its_tools_output(session: Any) -> list[
 
 
 async def test_a_run_cancelled_when_a_tools_output_arrives_keeps_what_the_tool_did(
-    history: ChatHistoryClient,
+    history: AsyncChatHistoryClient,
 ) -> None:
     expected = ["message", "function_call", "function_call_output"]
     for _ in range(20):
@@ -87,27 +81,27 @@ async def test_a_run_cancelled_when_a_tools_output_arrives_keeps_what_the_tool_d
 # -- every write, by every hand --------------------------------------------------------------------------
 
 
-async def append(client: ChatHistoryClient, conversation: str) -> Any:
-    return await client.append(conversation, [says("written")])
+async def append(client: AsyncChatHistoryClient, conversation: str) -> Any:
+    return await client.add_messages(conversation, [says("written")])
 
 
-async def add_items(client: ChatHistoryClient, conversation: str) -> None:
+async def add_items(client: AsyncChatHistoryClient, conversation: str) -> None:
     await ChatHistorySession(conversation, client).add_items([says("written")])
 
 
-async def aadd_messages(client: ChatHistoryClient, conversation: str) -> None:
+async def aadd_messages(client: AsyncChatHistoryClient, conversation: str) -> None:
     await ChatHistoryMessages(conversation, async_client=client).aadd_messages([HumanMessage("written")])
 
 
-async def save(client: ChatHistoryClient, conversation: str) -> None:
+async def save(client: AsyncChatHistoryClient, conversation: str) -> None:
     await ChatHistoryStore(client).save(conversation, [ModelRequest([UserPromptPart("written")])])
 
 
-async def clear(client: ChatHistoryClient, conversation: str) -> None:
+async def clear(client: AsyncChatHistoryClient, conversation: str) -> None:
     await ChatHistorySession(conversation, client).clear_session()
 
 
-async def rename(client: ChatHistoryClient, conversation: str) -> None:
+async def rename(client: AsyncChatHistoryClient, conversation: str) -> None:
     await client.update_conversation(conversation, title="written")
 
 
@@ -115,24 +109,24 @@ WRITES = [append, add_items, aadd_messages, save, clear, rename]
 
 
 def is_done(url: str, write: Write, conversation: str) -> bool:
-    with SyncChatHistoryClient(url) as history:
+    with ChatHistoryClient(url) as history:
         if write is rename:
             return bool(history.get_conversation(conversation)["title"] == "written")
-        messages = list(history.stream(conversation))
+        messages = list(history.stream_chat_history(conversation))
         return len(messages) == (0 if write is clear else 2)
 
 
 @pytest.fixture
 def conversation(service: Service) -> str:
-    with SyncChatHistoryClient(service.url) as history:
-        made = str(history.create_conversation("default")["id"])
-        history.append(made, [says("first")])
+    with ChatHistoryClient(service.url) as history:
+        made = str(history.get_or_create_conversation("default")["id"])
+        history.add_messages(made, [says("first")])
     return made
 
 
 @pytest.mark.parametrize("write", WRITES)
 async def test_a_cancelled_write_is_settled_before_the_cancellation_goes_on(
-    service: Service, slow: ChatHistoryClient, proxy: Proxy, conversation: str, write: Write
+    service: Service, slow: AsyncChatHistoryClient, proxy: Proxy, conversation: str, write: Write
 ) -> None:
     await slow.get_conversation(conversation)
     proxy.hold()
@@ -150,9 +144,13 @@ async def test_a_cancelled_write_is_settled_before_the_cancellation_goes_on(
 
 @pytest.mark.parametrize("write", [add_items, aadd_messages, save])
 async def test_a_cancelled_first_write_makes_the_conversation_and_stores_all_batches(
-    service: Service, slow: ChatHistoryClient, proxy: Proxy, write: Write, monkeypatch: pytest.MonkeyPatch
+    service: Service,
+    slow: AsyncChatHistoryClient,
+    proxy: Proxy,
+    write: Write,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.clients.http._BATCH_ITEMS", 1)
+    monkeypatch.setattr("chat_history_client._requests.BATCH_ITEMS", 1)
     conversation = new_id()
     proxy.hold()
     task = asyncio.ensure_future(write(slow, conversation))
@@ -162,20 +160,20 @@ async def test_a_cancelled_first_write_makes_the_conversation_and_stores_all_bat
     proxy.release()
     with pytest.raises(asyncio.CancelledError):
         await task
-    with SyncChatHistoryClient(service.url) as history:
-        assert len(list(history.stream(conversation))) == 1
+    with ChatHistoryClient(service.url) as history:
+        assert len(list(history.stream_chat_history(conversation))) == 1
 
 
 async def test_a_write_cancelled_at_any_moment_is_stored_and_stays_as_it_is(
-    history: ChatHistoryClient,
+    history: AsyncChatHistoryClient,
 ) -> None:
-    conversation = (await history.create_conversation("ada"))["id"]
+    conversation = (await history.get_or_create_conversation("ada"))["id"]
     for trial in range(40):
-        task = asyncio.ensure_future(history.append(conversation, [says(f"{trial}")]))
+        task = asyncio.ensure_future(history.add_messages(conversation, [says(f"{trial}")]))
         await asyncio.sleep(random.random() * 0.012)
         task.cancel()
         await asyncio.wait({task})
-        newest = await history.newest(conversation, 1)
+        newest = await history.last_messages(conversation, 1)
         assert newest
         assert newest[0]["content"] == f"{trial}"
 
@@ -208,8 +206,9 @@ async def by_a_task_group(work: Awaitable[Any]) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(wait())
             group.create_task(fail())
-    except* TimeoutError as several:
-        raise several.exceptions[0] from None
+    except ExceptionGroup as several:
+        (error,) = several.exceptions
+        raise error from None
 
 
 async def by_anyio(work: Awaitable[Any]) -> None:
@@ -223,7 +222,7 @@ ENDINGS = [by_wait_for, by_timeout, by_nested_timeouts, by_a_task_group, by_anyi
 @pytest.mark.parametrize("end", ENDINGS)
 @pytest.mark.parametrize("write", [append, add_items])
 async def test_whatever_cancels_a_write_finds_it_settled(  # noqa: PLR0917
-    service: Service, slow: ChatHistoryClient, proxy: Proxy, conversation: str, write: Write, end: Any
+    service: Service, slow: AsyncChatHistoryClient, proxy: Proxy, conversation: str, write: Write, end: Any
 ) -> None:
     await slow.get_conversation(conversation)
     proxy.hold()
@@ -235,7 +234,7 @@ async def test_whatever_cancels_a_write_finds_it_settled(  # noqa: PLR0917
 
 
 async def test_a_cancellation_by_anyio_does_not_keep_the_event_loop_busy(
-    slow: ChatHistoryClient, proxy: Proxy, conversation: str
+    slow: AsyncChatHistoryClient, proxy: Proxy, conversation: str
 ) -> None:
     await slow.get_conversation(conversation)
     loop = asyncio.get_running_loop()
@@ -262,7 +261,7 @@ def test_the_end_of_an_event_loop_waits_for_what_is_being_written(
     service: Service, proxy: Proxy, conversation: str, write: Write
 ) -> None:
     """`asyncio.run` cancels every task, and so the write's own, too."""
-    client = ChatHistoryClient(f"http://127.0.0.1:{proxy.port}")
+    client = AsyncChatHistoryClient(f"http://127.0.0.1:{proxy.port}")
 
     async def leave_it_behind() -> None:
         await client.get_conversation(conversation)
@@ -281,7 +280,7 @@ async def test_waiting_for_a_cancelled_write_is_bounded(
     proxy: Proxy, conversation: str, write: Write
 ) -> None:
     url = f"http://127.0.0.1:{proxy.port}"
-    async with ChatHistoryClient(url, retry_s=0.3, timeout_s=0.3) as client:
+    async with AsyncChatHistoryClient(url, retry_s=0.3, timeout_s=0.3) as client:
         proxy.hold()
         for _ in range(2):
             task = asyncio.ensure_future(write(client, conversation))
@@ -294,7 +293,7 @@ async def test_waiting_for_a_cancelled_write_is_bounded(
 
 
 async def test_a_cancelled_read_is_cancelled_at_once(
-    slow: ChatHistoryClient, proxy: Proxy, conversation: str
+    slow: AsyncChatHistoryClient, proxy: Proxy, conversation: str
 ) -> None:
     proxy.hold()
     task = asyncio.ensure_future(slow.get_conversation(conversation))
@@ -309,7 +308,7 @@ async def test_a_cancelled_read_is_cancelled_at_once(
 # -- pop -----------------------------------------------------------------------------------------------
 
 
-async def test_an_item_that_a_cancelled_pop_took_is_put_back(history: ChatHistoryClient) -> None:
+async def test_an_item_that_a_cancelled_pop_took_is_put_back(history: AsyncChatHistoryClient) -> None:
     session = ChatHistorySession(new_id(), history)
     items: list[Any] = [says(f"{n}") for n in range(40)]
     await session.add_items(items)
@@ -325,13 +324,16 @@ async def test_an_item_that_a_cancelled_pop_took_is_put_back(history: ChatHistor
         assert left + received[::-1] == items
 
 
+@pytest.mark.parametrize("pop", ["pop_message", "pop_item"])
 async def test_a_message_put_back_is_the_same_message(
-    service: Service, slow: ChatHistoryClient, proxy: Proxy
+    service: Service, slow: AsyncChatHistoryClient, proxy: Proxy, pop: str
 ) -> None:
-    conversation = (await slow.create_conversation("ada"))["id"]
-    stored = await slow.append(conversation, [says("a"), {**says("b"), "metadata": {"a.b": [1]}, "x": None}])
+    conversation = (await slow.get_or_create_conversation("ada"))["id"]
+    stored = await slow.add_messages(
+        conversation, [says("a"), {**says("b"), "tool_calls": [1, 2], "x": {"a.b": None}}]
+    )
     proxy.hold()
-    task = asyncio.ensure_future(slow.pop(conversation))
+    task = asyncio.ensure_future(getattr(slow, pop)(conversation))
     await asyncio.sleep(0.1)
     task.cancel()
     await asyncio.sleep(0.05)
@@ -339,8 +341,8 @@ async def test_a_message_put_back_is_the_same_message(
     with pytest.raises(asyncio.CancelledError):
         await task
     moved = {"seq", "created_at"}
-    with SyncChatHistoryClient(service.url) as history:
-        found = list(history.stream(conversation))
+    with ChatHistoryClient(service.url) as history:
+        found = list(history.stream_chat_history(conversation))
     assert [{k: v for k, v in each.items() if k not in moved} for each in found] == [
         {k: v for k, v in each.items() if k not in moved} for each in stored
     ]

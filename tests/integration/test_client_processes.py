@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import pickle
@@ -15,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from service.clients import ChatHistoryClient, SyncChatHistoryClient
-from service.clients.langchain import ChatHistoryMessages
+from chat_history_client import AsyncChatHistoryClient, ChatHistoryClient
+from chat_history_client.langchain import ChatHistoryMessages
 from tests.harness import Service, new_id
 from tests.proxy import Proxy, proxied
 
@@ -69,6 +71,20 @@ def in_child(work: Callable[[], Any]) -> Callable[[], Any]:
     return join
 
 
+@pytest.fixture(autouse=True)
+def no_log_lines() -> Iterator[None]:
+    """Keep httpx from logging, because pytest's log file cannot be written by a child of a busy process.
+
+    Python gives a child new locks for its log handlers, but not for the buffered file beneath them. Where
+    another thread was writing to that file during the fork, the child's first log line waits for ever.
+    """
+    logger = logging.getLogger("httpx")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    yield
+    logger.setLevel(before)
+
+
 @pytest.fixture
 def proxy(service: Service) -> Iterator[Proxy]:
     with proxied(service.port) as started:
@@ -78,28 +94,28 @@ def proxy(service: Service) -> Iterator[Proxy]:
 @pytest.fixture
 def conversations(service: Service) -> dict[str, str]:
     """A conversation for each user, whose every message says whose it is."""
-    with SyncChatHistoryClient(service.url) as history:
+    with ChatHistoryClient(service.url) as history:
         made = {user: new_id() for user in USERS}
         for user, conversation in made.items():
-            history.create_conversation("default", conversation)
+            history.get_or_create_conversation("default", conversation)
             text = {"role": "user", "content": user * 500}
-            history.append(conversation, [text | {"id": f"{user}{n}"} for n in range(40)])
+            history.add_messages(conversation, [text | {"id": f"{user}{n}"} for n in range(40)])
     return made
 
 
-def read_own(history: SyncChatHistoryClient, conversations: dict[str, str], user: str) -> set[str]:
-    page = history.history(conversations[user], limit=40)
+def read_own(history: ChatHistoryClient, conversations: dict[str, str], user: str) -> set[str]:
+    page = history.get_chat_history(conversations[user], limit=40)
     return {message["content"][:3] for message in page.data}
 
 
 def read_own_through_langchain(
-    history: SyncChatHistoryClient, conversations: dict[str, str], user: str
+    history: ChatHistoryClient, conversations: dict[str, str], user: str
 ) -> set[str]:
     messages = ChatHistoryMessages(conversations[user], history).messages
     return {str(message.content)[:3] for message in messages}
 
 
-def read_own_in_threads(history: SyncChatHistoryClient, conversations: dict[str, str], user: str) -> set[str]:
+def read_own_in_threads(history: ChatHistoryClient, conversations: dict[str, str], user: str) -> set[str]:
     found: list[set[str]] = []
 
     def read() -> None:
@@ -115,7 +131,7 @@ def read_own_in_threads(history: SyncChatHistoryClient, conversations: dict[str,
 
 
 def read_own_in_a_grandchild(
-    history: SyncChatHistoryClient, conversations: dict[str, str], user: str
+    history: ChatHistoryClient, conversations: dict[str, str], user: str
 ) -> set[str]:
     read_own(history, conversations, user)
     joins = [in_child(lambda: read_own(history, conversations, user)) for _ in range(2)]
@@ -128,13 +144,10 @@ def read_own_in_a_grandchild(
 def test_a_child_process_reads_its_own_users_messages(
     service: Service, conversations: dict[str, str], read: Any
 ) -> None:
-    with SyncChatHistoryClient(service.url) as history:
+    with ChatHistoryClient(service.url) as history:
         history.get_conversation(conversations["ada"])
         for _ in range(TRIALS):
-            joins = [
-                (user, in_child(lambda user=user: read(history, conversations, user)))  # type: ignore[misc]
-                for user in USERS * 2
-            ]
+            joins = [(user, in_child(partial(read, history, conversations, user))) for user in USERS * 2]
             assert read(history, conversations, "ada") == {"ada"}
             assert [(user, join()) for user, join in joins] == [(user, {user}) for user, _ in joins]
 
@@ -145,7 +158,7 @@ def test_children_of_multiprocessing_read_their_own_users_messages(
     fork = multiprocessing.get_context("fork")
     results: Any = fork.SimpleQueue()
 
-    with SyncChatHistoryClient(service.url) as history:
+    with ChatHistoryClient(service.url) as history:
 
         def work(user: str) -> None:
             results.put((user, [read_own(history, conversations, user) for _ in range(5)]))
@@ -166,23 +179,23 @@ def test_children_of_multiprocessing_read_their_own_users_messages(
 def test_the_asynchronous_client_has_its_own_connections_in_each_process(
     service: Service, conversations: dict[str, str]
 ) -> None:
-    history = ChatHistoryClient(service.url)
+    history = AsyncChatHistoryClient(service.url)
 
     async def read(user: str) -> set[str]:
-        page = await history.history(conversations[user], limit=40)
-        streamed = [message async for message in history.stream(conversations[user])]
+        page = await history.get_chat_history(conversations[user], limit=40)
+        streamed = [message async for message in history.stream_chat_history(conversations[user])]
         return {message["content"][:3] for message in [*page.data, *streamed]}
+
+    def run(user: str) -> set[str]:
+        return asyncio.run(read(user))
 
     async def parent() -> None:
         assert await read("ada") == {"ada"}
         for _ in range(TRIALS):
             # In the middle of a running event loop, as a worker that is started from a coroutine.
-            half_read = history.stream(conversations["ada"])
+            half_read = history.stream_chat_history(conversations["ada"])
             await anext(half_read)
-            joins = [
-                (user, in_child(lambda user=user: asyncio.run(read(user))))  # type: ignore[misc]
-                for user in USERS * 2
-            ]
+            joins = [(user, in_child(partial(run, user))) for user in USERS * 2]
             assert await read("ada") == {"ada"}
             assert len([message async for message in half_read]) == 39
             for user, join in joins:
@@ -207,7 +220,7 @@ def test_a_fork_while_other_threads_are_in_a_call_leaves_a_client_that_works(
     stop = threading.Event()
     wrong: list[Any] = []
 
-    with SyncChatHistoryClient(service.url) as history:
+    with ChatHistoryClient(service.url) as history:
 
         def busy(user: str) -> None:
             while not stop.is_set():
@@ -234,12 +247,12 @@ def test_a_fork_while_other_threads_are_in_a_call_leaves_a_client_that_works(
 
 
 def test_parent_and_child_both_go_on_with_a_stream_that_the_parent_began(service: Service) -> None:
-    with SyncChatHistoryClient(service.url) as history:
-        conversation = history.create_conversation("ada")["id"]
+    with ChatHistoryClient(service.url) as history:
+        conversation = history.get_or_create_conversation("ada")["id"]
         for _ in range(4):
-            history.append(conversation, [{"role": "user", "content": "x" * 5_000} for _ in range(500)])
+            history.add_messages(conversation, [{"role": "user", "content": "x" * 5_000} for _ in range(500)])
         for child_reads_first in (True, False):
-            stream = history.stream(conversation)
+            stream = history.stream_chat_history(conversation)
             begun = [next(stream)["seq"] for _ in range(100)]
             join = in_child(lambda: [message["seq"] for message in stream])  # noqa: B023
             childs = join() if child_reads_first else None
@@ -247,7 +260,7 @@ def test_parent_and_child_both_go_on_with_a_stream_that_the_parent_began(service
             assert begun + rest == list(range(1, 2_001))
             assert begun + (childs or join()) == list(range(1, 2_001))
         # A child that leaves it alone.
-        stream = history.stream(conversation)
+        stream = history.stream_chat_history(conversation)
         next(stream)
 
         def leave() -> bool:
@@ -261,10 +274,10 @@ def test_parent_and_child_both_go_on_with_a_stream_that_the_parent_began(service
 
 CHILD_THAT_ENDS = """
 import asyncio, gc, os, sys
-from service.clients import ChatHistoryClient, SyncChatHistoryClient
+from chat_history_client import AsyncChatHistoryClient, ChatHistoryClient
 
 def both(url, conversation):
-    history = SyncChatHistoryClient(url, retry_s=0)
+    history = ChatHistoryClient(url, retry_s=0)
     history.get_conversation(conversation)
     if os.fork() == 0:
         if sys.argv[3] == "use":
@@ -277,7 +290,7 @@ def both(url, conversation):
     history.get_conversation(conversation)
 
 async def asynchronously(url, conversation):
-    history = ChatHistoryClient(url, retry_s=0)
+    history = AsyncChatHistoryClient(url, retry_s=0)
     await history.get_conversation(conversation)
     if os.fork() == 0:
         async def child():
@@ -397,7 +410,7 @@ def test_a_child_that_closes_its_client_and_ends_leaves_the_parents_connection_o
 def test_a_client_that_the_parent_closed_still_serves_the_child(
     service: Service, conversations: dict[str, str]
 ) -> None:
-    history = SyncChatHistoryClient(service.url)
+    history = ChatHistoryClient(service.url)
     history.get_conversation(conversations["ada"])
     reader, writer = os.pipe()
 
@@ -417,11 +430,11 @@ def test_a_client_that_the_parent_closed_still_serves_the_child(
 def test_a_transport_of_the_callers_own_is_made_for_each_process_or_refused(
     service: Service, conversations: dict[str, str]
 ) -> None:
-    with SyncChatHistoryClient(service.url, transport=httpx.HTTPTransport) as history:
+    with ChatHistoryClient(service.url, transport=httpx.HTTPTransport) as history:
         read_own(history, conversations, "ada")
         joins = [in_child(lambda: read_own(history, conversations, "bob")) for _ in range(4)]
         assert [join() for join in joins] == [{"bob"}] * 4
-    with SyncChatHistoryClient(service.url, transport=httpx.HTTPTransport()) as history:
+    with ChatHistoryClient(service.url, transport=httpx.HTTPTransport()) as history:
         read_own(history, conversations, "ada")
 
         def refused() -> bool:
@@ -437,12 +450,12 @@ def test_a_transport_of_the_callers_own_is_made_for_each_process_or_refused(
 
 MANY_LOOPS = """
 import asyncio, os, resource, sys, threading
-from service.clients import ChatHistoryClient
+from chat_history_client import AsyncChatHistoryClient
 
 url, conversation, kind = sys.argv[1:4]
 times, files = (400, 256) if kind == "run" else (140, 128)
 resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-history = ChatHistoryClient(url, retry_s=0)
+history = AsyncChatHistoryClient(url, retry_s=0)
 held = []
 
 def run():
@@ -450,7 +463,7 @@ def run():
 
 def run_and_stream():
     async def half():
-        stream = history.stream(conversation)
+        stream = history.stream_chat_history(conversation)
         await anext(stream)
         held.append(stream)
     asyncio.run(half())
@@ -494,7 +507,7 @@ def test_an_event_loops_end_closes_its_connections_in_order(
     service: Service, conversations: dict[str, str]
 ) -> None:
     """Warnings are errors here, and one that is left open is a ResourceWarning."""
-    history = ChatHistoryClient(service.url)
+    history = AsyncChatHistoryClient(service.url)
 
     async def several() -> None:
         await asyncio.gather(*(history.get_conversation(conversations["ada"]) for _ in range(5)))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,17 @@ from langchain_core.messages import (
 from pydantic import BaseModel
 from pydantic_ai.messages import ModelRequest, UserPromptPart
 
-from service.clients import ApiError, ChatHistoryClient, SyncChatHistoryClient
-from service.clients.agents import ChatHistorySession
-from service.clients.langchain import ChatHistoryMessages
-from service.clients.pydantic_ai import ChatHistoryStore
+from chat_history_client import ApiError, AsyncChatHistoryClient, ChatHistoryClient
+from chat_history_client.langchain import ChatHistoryMessages
+from chat_history_client.openai_agents import ChatHistorySession
+from chat_history_client.pydantic_ai import ChatHistoryStore
 from tests.harness import Service, free_port, new_id, running, whole_history
 from tests.integration.test_client_processes import Secure
 
 
 @pytest.fixture
-def history(service: Service) -> Iterator[SyncChatHistoryClient]:
-    with SyncChatHistoryClient(service.url) as client:
+def history(service: Service) -> Iterator[ChatHistoryClient]:
+    with ChatHistoryClient(service.url) as client:
         yield client
 
 
@@ -69,8 +70,9 @@ class Kept(HumanMessage):
     level: int = 3
 
 
-CALL = {"name": "f", "args": {"a": 0, "b": None, "c": []}, "id": "c"}
+CALL: Any = {"name": "f", "args": {"a": 0, "b": None, "c": []}, "id": "c"}
 CHUNK: Any = {"name": "f", "args": '{"a"', "id": "c", "index": 0}
+TOOL_CALL: Any = {"type": "tool_call", **CALL}
 DOCUMENT = Document("text", metadata={"source": None, "page": 0}, id=None)
 COMMON: list[dict[str, Any]] = [
     {},
@@ -80,6 +82,7 @@ COMMON: list[dict[str, Any]] = [
     {"response_metadata": {"model": "m", "logprobs": None, "headers": {}, "documents": [DOCUMENT]}},
     {"unknown_field": {"approved": False}, "status": "success", "example": False},
 ]
+EMPTY: list[Any] = [None, False, 0, "", [], {}]
 CONTENTS: list[Any] = ["", "text", [], ["a", {"type": "text", "text": "b"}]]
 BLOCKS: list[Any] = [
     {"type": "text", "text": "a", "annotations": []},
@@ -96,18 +99,18 @@ KINDS: list[Callable[..., BaseMessage]] = [
     SystemMessageChunk,
     Kept,
     lambda content, **more: ToolMessage(content, tool_call_id="c", **more),
-    lambda content, **more: ToolMessageChunk(content, tool_call_id="c", **more),
-    lambda content, **more: FunctionMessage(content, **{"name": "f", **more}),
-    lambda content, **more: FunctionMessageChunk(content, **{"name": "f", **more}),
-    lambda content, **more: ChatMessage(content, role="critic", **more),
-    lambda content, **more: ChatMessage(content, role="assistant", **more),
-    lambda content, **more: ChatMessageChunk(content, role="system", **more),
+    lambda content, **more: ToolMessageChunk(content=content, tool_call_id="c", **more),
+    lambda content, **more: FunctionMessage(content=content, **{"name": "f", **more}),
+    lambda content, **more: FunctionMessageChunk(content=content, **{"name": "f", **more}),
+    lambda content, **more: ChatMessage(content=content, role="critic", **more),
+    lambda content, **more: ChatMessage(content=content, role="assistant", **more),
+    lambda content, **more: ChatMessageChunk(content=content, role="system", **more),
 ]
 SPECIAL: list[BaseMessage] = [
     AIMessage("{}", additional_kwargs={"parsed": Booking(place="Emden")}),
     RemoveMessage(id="m1"),
     HumanMessage(content_blocks=BLOCKS),
-    AIMessage(content_blocks=[*BLOCKS, {"type": "tool_call", **CALL}]),
+    AIMessage(content_blocks=[*BLOCKS, TOOL_CALL]),
     AIMessage("", tool_calls=[CALL, CALL | {"id": None}]),
     AIMessage(
         "", tool_calls=[CALL], invalid_tool_calls=[{"name": None, "args": "{", "id": None, "error": ""}]
@@ -124,12 +127,12 @@ SPECIAL: list[BaseMessage] = [
             "input_token_details": {"cache_read": 0},
         },
     ),
-    AIMessageChunk("", tool_call_chunks=[CHUNK], chunk_position="last"),
-    AIMessageChunk("", tool_call_chunks=[CHUNK | {"name": None, "id": None, "index": None}]),
+    AIMessageChunk(content="", tool_call_chunks=[CHUNK], chunk_position="last"),
+    AIMessageChunk(content="", tool_call_chunks=[CHUNK | {"name": None, "id": None, "index": None}]),
     ToolMessage("x", tool_call_id="c", artifact=Booking(place="Emden")),
     ToolMessage("x", tool_call_id="c", artifact=[DOCUMENT, Trip()], status="error"),
     ToolMessage("x", tool_call_id="c", artifact={"a": [0, False, None, "", {}, []]}),
-    *(ToolMessage("x", tool_call_id="c", artifact=empty) for empty in (None, False, 0, "", [], {})),
+    *(ToolMessage("x", tool_call_id="c", artifact=empty) for empty in EMPTY),
     ToolMessage(["a", {"type": "text", "text": ""}], tool_call_id=""),
 ]
 
@@ -139,7 +142,7 @@ def as_langchain_gives_it_back(messages: list[BaseMessage]) -> list[BaseMessage]
 
 
 def test_every_kind_of_langchains_messages_comes_back_as_langchain_itself_gives_it_back(
-    history: SyncChatHistoryClient, client: httpx.Client
+    history: ChatHistoryClient, client: httpx.Client
 ) -> None:
     given = [kind(content, **more) for kind in KINDS for content in CONTENTS for more in COMMON] + SPECIAL
     messages = ChatHistoryMessages(new_id(), history)
@@ -160,13 +163,13 @@ def test_every_kind_of_langchains_messages_comes_back_as_langchain_itself_gives_
 
 
 async def test_langchains_messages_come_back_the_same_asynchronously(service: Service) -> None:
-    async with ChatHistoryClient(service.url) as history:
+    async with AsyncChatHistoryClient(service.url) as history:
         messages = ChatHistoryMessages(new_id(), async_client=history)
         await messages.aadd_messages(SPECIAL)
         assert await messages.aget_messages() == as_langchain_gives_it_back(SPECIAL)
 
 
-def test_a_message_that_langchain_could_not_restore_is_not_stored(history: SyncChatHistoryClient) -> None:
+def test_a_message_that_langchain_could_not_restore_is_not_stored(history: ChatHistoryClient) -> None:
     class Unknown(BaseMessage):
         type: str = "unknown"
 
@@ -190,7 +193,7 @@ SCREENSHOT = "x" * 1_700_000
 async def test_a_turn_of_24_screenshots_is_kept_whole_in_every_adapter(service: Service) -> None:
     part: Any = {"type": "input_image", "image_url": SCREENSHOT}
     items: list[Any] = [{"role": "user", "content": [part]} for _ in range(24)]
-    async with ChatHistoryClient(service.url, timeout_s=120) as client:
+    async with AsyncChatHistoryClient(service.url, timeout_s=120) as client:
         session = ChatHistorySession(new_id(), client)
         await session.add_items(items)
         assert await session.get_items() == items
@@ -201,7 +204,7 @@ async def test_a_turn_of_24_screenshots_is_kept_whole_in_every_adapter(service: 
         several = ChatHistoryMessages(new_id(), async_client=client)
         await several.aadd_messages([HumanMessage(SCREENSHOT)] * 24)
         assert (await client.get_conversation(several.session_id))["message_count"] == 24
-    with SyncChatHistoryClient(service.url, timeout_s=120) as history:
+    with ChatHistoryClient(service.url, timeout_s=120) as history:
         messages = ChatHistoryMessages(new_id(), history)
         messages.add_messages([HumanMessage(SCREENSHOT)] * 24)
         assert history.get_conversation(messages.session_id)["message_count"] == 24
@@ -216,9 +219,9 @@ def test_batches_are_cut_by_bytes_as_they_are_sent_and_have_keys_of_their_own() 
 
     # Three bytes each in UTF-8, and six as an escape.
     texts = ["€" * 2_000_000] * 9 + ["\n" * 5_000_000] * 3 + ["x"] * 2_500
-    with SyncChatHistoryClient("http://x", transport=httpx.MockTransport(answer)) as history:
-        history.append_all("ada", "c", [{"role": "user", "content": text} for text in texts])
-        history.append_all("ada", "c", [])
+    with ChatHistoryClient("http://x", transport=httpx.MockTransport(answer)) as history:
+        history.add_all_messages("c", [{"role": "user", "content": text} for text in texts], user_id="ada")
+        history.add_all_messages("c", [], user_id="ada")
     bodies = [json.loads(request.content)["messages"] for request in sent]
     assert [message["content"] for body in bodies for message in body] == texts
     assert max(len(request.content) for request in sent) < 25 * 1024 * 1024
@@ -230,7 +233,7 @@ def test_batches_are_cut_by_bytes_as_they_are_sent_and_have_keys_of_their_own() 
 def test_a_service_that_takes_less_gets_smaller_batches(tmp_path: Path) -> None:
     with (
         running(tmp_path, body_bytes_max=10_000) as small,
-        SyncChatHistoryClient(small.url, retry_s=1) as history,
+        ChatHistoryClient(small.url, retry_s=1) as history,
     ):
         messages = ChatHistoryMessages(new_id(), history)
         given = [HumanMessage(f"{n}" + "x" * 3_000) for n in range(11)]
@@ -246,19 +249,19 @@ def test_a_service_that_takes_less_gets_smaller_batches(tmp_path: Path) -> None:
 
 
 def test_a_message_that_is_too_large_by_itself_is_an_honest_error_and_the_place_is_the_lists(
-    history: SyncChatHistoryClient,
+    history: ChatHistoryClient,
 ) -> None:
     conversation = new_id()
     messages: list[Any] = [{"role": "user", "content": SCREENSHOT}] * 15 + [{"role": "robot", "content": ""}]
     with pytest.raises(ApiError) as refused:
-        history.append_all("ada", conversation, messages)
+        history.add_all_messages(conversation, messages, user_id="ada")
     assert refused.value.status == 422
     assert refused.value.errors[0]["path"] == "$.messages[15].role"
     assert "$.messages[15].role" in refused.value.detail
     assert history.get_conversation(conversation)["message_count"] == 14
     for length, status in ((17 * 1024 * 1024, 422), (33 * 1024 * 1024, 413)):
         with pytest.raises(ApiError) as refused:
-            history.append_all("ada", conversation, [{"role": "user", "content": "x" * length}])
+            history.add_all_messages(conversation, [{"role": "user", "content": "x" * length}], user_id="ada")
         assert refused.value.status == status
     assert history.get_conversation(conversation)["message_count"] == 14
 
@@ -303,27 +306,25 @@ NO_JSON: list[tuple[Any, str]] = [
 
 
 @pytest.fixture
-def conversation(history: SyncChatHistoryClient) -> str:
-    return str(history.create_conversation("ada", new_id())["id"])
+def conversation(history: ChatHistoryClient) -> str:
+    return str(history.get_or_create_conversation("ada", new_id())["id"])
 
 
-def ways(
-    history: SyncChatHistoryClient, conversation: str, value: Any
-) -> list[tuple[Callable[[], Any], str]]:
+def ways(history: ChatHistoryClient, conversation: str, value: Any) -> list[tuple[Callable[[], Any], str]]:
     """Every call that takes JSON, with the place of the value in it."""
     messages: list[Any] = [{"role": "user"}, {"role": "user", "field": value}]
     return [
-        (lambda: history.append(conversation, messages), "$.messages[1].field"),
-        (lambda: history.append(conversation, messages, key="k"), "$.messages[1].field"),
-        (lambda: history.append_all("ada", conversation, messages), "$.messages[1].field"),
-        (lambda: history.create_conversation("ada", new_id(), metadata={"m": value}), "$.metadata.m"),
+        (lambda: history.add_messages(conversation, messages), "$.messages[1].field"),
+        (lambda: history.add_messages(conversation, messages, idempotency_key="k"), "$.messages[1].field"),
+        (lambda: history.add_all_messages(conversation, messages, user_id="ada"), "$.messages[1].field"),
+        (lambda: history.get_or_create_conversation("ada", new_id(), metadata={"m": value}), "$.metadata.m"),
         (lambda: history.update_conversation(conversation, metadata={"m": value}), "$.metadata.m"),
     ]
 
 
 @pytest.mark.parametrize(("value", "place"), REFUSED, ids=map(str, range(len(REFUSED))))
 def test_what_the_service_refuses_is_its_422_with_the_path(
-    history: SyncChatHistoryClient, conversation: str, value: Any, place: str
+    history: ChatHistoryClient, conversation: str, value: Any, place: str
 ) -> None:
     for call, at in ways(history, conversation, value):
         with pytest.raises(ApiError) as refused:
@@ -338,7 +339,7 @@ def test_what_the_service_refuses_is_its_422_with_the_path(
 
 
 @pytest.mark.parametrize("value", TOO_DEEP, ids=["500", "50000", "itself"])
-def test_what_has_no_end_is_a_422_too(history: SyncChatHistoryClient, conversation: str, value: Any) -> None:
+def test_what_has_no_end_is_a_422_too(history: ChatHistoryClient, conversation: str, value: Any) -> None:
     for call, at in ways(history, conversation, value):
         with pytest.raises(ApiError, match="nested") as refused:
             call()
@@ -348,7 +349,7 @@ def test_what_has_no_end_is_a_422_too(history: SyncChatHistoryClient, conversati
 
 @pytest.mark.parametrize(("value", "says"), NO_JSON)
 def test_what_is_no_json_is_a_type_error_that_names_the_place(
-    history: SyncChatHistoryClient, conversation: str, value: Any, says: str
+    history: ChatHistoryClient, conversation: str, value: Any, says: str
 ) -> None:
     for call, at in ways(history, conversation, value):
         escaped = at.replace("$", r"\$").replace(".", r"\.").replace("[", r"\[").replace("]", r"\]")
@@ -360,36 +361,42 @@ def test_what_is_no_json_is_a_type_error_that_names_the_place(
 async def test_the_asynchronous_client_and_the_adapters_refuse_the_same(
     service: Service, conversation: str
 ) -> None:
-    async with ChatHistoryClient(service.url) as history:
+    async with AsyncChatHistoryClient(service.url) as history:
         with pytest.raises(ApiError) as refused:
-            await history.append(conversation, [{"role": "user", "content": math.nan}])
+            await history.add_messages(conversation, [{"role": "user", "content": math.nan}])
         assert refused.value.errors[0]["path"] == "$.messages[0].content"
-        item: Any = {"role": "user", "content": "\ud800"}
-        with pytest.raises(ApiError) as refused:
+        item: Any = {"role": "user", "content": {1}}
+        with pytest.raises(TypeError, match=r"\$\.items\[0\]\.content: a set is not JSON"):
             await ChatHistorySession(conversation, history, user_id="ada").add_items([item])
-        assert refused.value.status == 422
+        item = {"role": "user", "x": LOOP}
+        with pytest.raises(ApiError, match="nested"):
+            await ChatHistorySession(conversation, history, user_id="ada").add_items([item])
         with pytest.raises(TypeError, match=r"\$\.messages\[0\]"):
-            await history.append(conversation, [{"role": "user", "content": {1}}])
+            await history.add_messages(conversation, [{"role": "user", "content": {1}}])
 
 
 def test_ids_that_no_url_can_carry_are_a_422_and_reach_nothing(
-    history: SyncChatHistoryClient, conversation: str
+    history: ChatHistoryClient, conversation: str
 ) -> None:
     """A URL drops `.` and `..`: to delete the message `..` would delete its conversation."""
-    history.append(conversation, [{"role": "user", "content": "x"}])
+    history.add_messages(conversation, [{"role": "user", "content": "x"}])
+
+    def streamed(name: str) -> list[Any]:
+        return list(history.stream_chat_history(name))
+
     for bad in ("", ".", "..", "\ud800", "a\0", "x" * 100_000):
         calls: list[Callable[[], Any]] = [
-            lambda bad=bad: history.get_conversation(bad),  # type: ignore[misc]
-            lambda bad=bad: history.delete_conversation(bad),  # type: ignore[misc]
-            lambda bad=bad: history.delete_messages(bad),  # type: ignore[misc]
-            lambda bad=bad: history.append(bad, [{"role": "user"}]),  # type: ignore[misc]
-            lambda bad=bad: history.pop(bad),  # type: ignore[misc]
-            lambda bad=bad: list(history.stream(bad)),  # type: ignore[misc]
-            lambda bad=bad: history.get_message(conversation, bad),  # type: ignore[misc]
-            lambda bad=bad: history.delete_message(conversation, bad),  # type: ignore[misc]
-            lambda bad=bad: history.create_conversation(bad),  # type: ignore[misc]
-            lambda bad=bad: history.get_conversation(conversation, user_id=bad),  # type: ignore[misc]
-            lambda bad=bad: history.list_conversations(bad),  # type: ignore[misc]
+            partial(history.get_conversation, bad),
+            partial(history.delete_conversation, bad),
+            partial(history.delete_messages, bad),
+            partial(history.add_messages, bad, [{"role": "user"}]),
+            partial(history.pop_message, bad),
+            partial(streamed, bad),
+            partial(history.get_message, conversation, bad),
+            partial(history.delete_message, conversation, bad),
+            partial(history.get_or_create_conversation, bad),
+            partial(history.get_conversation, conversation, user_id=bad),
+            partial(history.list_conversations, bad),
         ]
         for place, call in enumerate(calls):
             with pytest.raises(ApiError) as refused:
@@ -397,7 +404,7 @@ def test_ids_that_no_url_can_carry_are_a_422_and_reach_nothing(
             assert refused.value.status == 422, (bad[:5], place)
     for key in ("", "a\nb", "ü", "\ud800", "a b"):
         with pytest.raises(ApiError) as refused:
-            history.append(conversation, [{"role": "user"}], key=key)
+            history.add_messages(conversation, [{"role": "user"}], idempotency_key=key)
         assert refused.value.errors[0]["path"] == "header.Idempotency-Key"
     assert history.get_conversation(conversation)["message_count"] == 1
 
@@ -428,13 +435,13 @@ WRONG_URLS = [
 
 
 @pytest.mark.parametrize("url", WRONG_URLS)
-@pytest.mark.parametrize("kind", [ChatHistoryClient, SyncChatHistoryClient])
+@pytest.mark.parametrize("kind", [AsyncChatHistoryClient, ChatHistoryClient])
 def test_a_url_that_cannot_work_is_refused_at_once(kind: Any, url: str) -> None:
     with pytest.raises(ValueError, match="`base_url`"):
         kind(url)
 
 
-@pytest.mark.parametrize("kind", [ChatHistoryClient, SyncChatHistoryClient])
+@pytest.mark.parametrize("kind", [AsyncChatHistoryClient, ChatHistoryClient])
 @pytest.mark.parametrize("options", [{"api_key": "k\n"}, {"api_key": "ü"}, {"headers": {"X-A": "a\r\nb: c"}}])
 def test_a_header_that_cannot_be_sent_is_refused_at_once_and_not_quoted(kind: Any, options: Any) -> None:
     with pytest.raises(ValueError, match="header") as refused:
@@ -456,7 +463,7 @@ def test_what_no_repetition_can_mend_is_not_repeated(
     secure = Secure(tmp_path)
     try:
         for url in (secure.url, service.url.replace("http:", "https:")):  # not trusted; not TLS
-            with SyncChatHistoryClient(url) as history, pytest.raises(httpx.ConnectError):
+            with ChatHistoryClient(url) as history, pytest.raises(httpx.ConnectError):
                 history.get_conversation("c")
     finally:
         secure.stop()
@@ -466,7 +473,7 @@ def test_what_no_repetition_can_mend_is_not_repeated(
             raise error
 
         with (
-            SyncChatHistoryClient("http://x", transport=httpx.MockTransport(fail)) as history,
+            ChatHistoryClient("http://x", transport=httpx.MockTransport(fail)) as history,
             pytest.raises(type(error)),
         ):
             history.get_conversation("c")
@@ -475,7 +482,7 @@ def test_what_no_repetition_can_mend_is_not_repeated(
 
 def test_a_refused_connection_is_repeated(waits: list[float]) -> None:
     with (
-        SyncChatHistoryClient(f"http://127.0.0.1:{free_port()}", retry_s=0.2) as history,
+        ChatHistoryClient(f"http://127.0.0.1:{free_port()}", retry_s=0.2) as history,
         pytest.raises(httpx.ConnectError),
     ):
         history.get_conversation("c")
@@ -488,9 +495,13 @@ def test_an_answer_that_is_not_the_services_is_an_api_error() -> None:
         httpx.Response(307, headers={"Location": "/x"}),
         httpx.Response(403, text="no"),
     ]
+
+    def given(answer: httpx.Response, _: httpx.Request) -> httpx.Response:
+        return answer
+
     for answer in answers:
-        transport = httpx.MockTransport(lambda _, answer=answer: answer)  # type: ignore[misc]
-        with SyncChatHistoryClient("http://x", transport=transport) as history:
+        transport = httpx.MockTransport(partial(given, answer))
+        with ChatHistoryClient("http://x", transport=transport) as history:
             with pytest.raises(ApiError) as refused:
                 history.delete_conversation("c")
             assert refused.value.status == answer.status_code

@@ -37,31 +37,19 @@ from pydantic_ai.messages import (
 )
 from pydantic_ai.models.test import TestModel
 
-from service.clients import (
+from chat_history_client import (
     ApiError,
+    AsyncChatHistoryClient,
     ChatHistoryClient,
     Conflict,
     NotFound,
-    SyncChatHistoryClient,
     Unavailable,
 )
-from service.clients.agents import ChatHistorySession
-from service.clients.langchain import ChatHistoryMessages
-from service.clients.pydantic_ai import ChatHistoryStore
+from chat_history_client.langchain import ChatHistoryMessages
+from chat_history_client.openai_agents import ChatHistorySession
+from chat_history_client.pydantic_ai import ChatHistoryStore
 from tests.harness import Service, append, create, free_port, new_id, whole_history
 from tests.proxy import Proxy, proxied
-
-
-@pytest.fixture
-async def history(service: Service) -> AsyncIterator[ChatHistoryClient]:
-    async with ChatHistoryClient(service.url) as client:
-        yield client
-
-
-@pytest.fixture
-def sync_history(service: Service) -> Iterator[SyncChatHistoryClient]:
-    with SyncChatHistoryClient(service.url) as client:
-        yield client
 
 
 @pytest.fixture
@@ -77,26 +65,26 @@ def says(text: str, **more: Any) -> Any:
 # -- the client --------------------------------------------------------------------------------------
 
 
-async def test_the_client_does_all_that_the_api_does(history: ChatHistoryClient) -> None:
+async def test_the_client_does_all_that_the_api_does(history: AsyncChatHistoryClient) -> None:
     user, conversation = new_id("user"), new_id()
-    made = await history.create_conversation(user, conversation, title="t", metadata={"a": 1})
+    made = await history.get_or_create_conversation(user, conversation, title="t", metadata={"a": 1})
     assert made == await history.get_conversation(conversation, user_id=user)
     changed = await history.update_conversation(conversation, title=None, metadata={"b": 2})
     assert (changed["title"], changed["metadata"]) == (None, {"b": 2})
-    stored = await history.append(conversation, [says(f"{n}\u2028\x85\r") for n in range(120)])
-    assert [message async for message in history.stream(conversation)] == stored
-    backwards = history.stream(conversation, order="desc", limit=7)
+    stored = await history.add_messages(conversation, [says(f"{n}\u2028\x85\r") for n in range(120)])
+    assert [message async for message in history.stream_chat_history(conversation)] == stored
+    backwards = history.stream_chat_history(conversation, order="desc", limit=7)
     assert [message async for message in backwards] == stored[:-8:-1]
-    page = await history.history(conversation, last=10)
+    page = await history.get_chat_history(conversation, last=10)
     assert (page.data, page.has_more) == (stored[-10:], True)
-    assert await history.newest(conversation, 1_000) == stored
+    assert await history.last_messages(conversation, 1_000) == stored
     assert await history.get_message(conversation, stored[3]["id"]) == stored[3]
     await history.delete_message(conversation, stored[3]["id"])
-    assert await history.pop(conversation) == stored[-1]
+    assert await history.pop_message(conversation) == stored[-1]
     await history.delete_messages(conversation, after=50)
-    assert (await history.history(conversation, limit=100)).data == [*stored[:3], *stored[4:50]]
+    assert (await history.get_chat_history(conversation, limit=100)).data == [*stored[:3], *stored[4:50]]
     await history.delete_messages(conversation)
-    assert await history.pop(conversation) is None
+    assert await history.pop_message(conversation) is None
     listed = await history.list_conversations(user, limit=5)
     assert [each["id"] for each in listed.data] == [conversation]
     await history.delete_conversation(conversation)
@@ -104,35 +92,35 @@ async def test_the_client_does_all_that_the_api_does(history: ChatHistoryClient)
         await history.get_conversation(conversation)
 
 
-def test_the_synchronous_client_does_the_same(sync_history: SyncChatHistoryClient) -> None:
+def test_the_synchronous_client_does_the_same(sync_history: ChatHistoryClient) -> None:
     history, user, conversation = sync_history, new_id("user"), new_id()
-    made = history.create_conversation(user, conversation)
+    made = history.get_or_create_conversation(user, conversation)
     assert made == history.get_conversation(conversation, user_id=user)
     assert history.update_conversation(conversation, title="t")["title"] == "t"
-    stored = history.append(conversation, [says(f"{n}\u2028\x85\r") for n in range(120)])
-    assert list(history.stream(conversation)) == stored
-    assert list(history.stream(conversation, order="desc", limit=7)) == stored[:-8:-1]
-    assert history.history(conversation, last=10).data == stored[-10:]
+    stored = history.add_messages(conversation, [says(f"{n}\u2028\x85\r") for n in range(120)])
+    assert list(history.stream_chat_history(conversation)) == stored
+    assert list(history.stream_chat_history(conversation, order="desc", limit=7)) == stored[:-8:-1]
+    assert history.get_chat_history(conversation, last=10).data == stored[-10:]
     assert history.get_message(conversation, stored[3]["id"]) == stored[3]
     history.delete_message(conversation, stored[3]["id"])
-    assert history.pop(conversation) == stored[-1]
+    assert history.pop_message(conversation) == stored[-1]
     history.delete_messages(conversation)
-    assert history.pop(conversation) is None
+    assert history.pop_message(conversation) is None
     assert [each["id"] for each in history.list_conversations(user).data] == [conversation]
     history.delete_conversation(conversation)
     with pytest.raises(NotFound):
         history.get_conversation(conversation)
 
 
-async def test_errors_say_what_the_service_said(history: ChatHistoryClient) -> None:
-    conversation = (await history.create_conversation("ada"))["id"]
+async def test_errors_say_what_the_service_said(history: AsyncChatHistoryClient) -> None:
+    conversation = (await history.get_or_create_conversation("ada"))["id"]
     with pytest.raises(ApiError) as refused:
-        await history.append(conversation, [{"role": "robot"}])
+        await history.add_messages(conversation, [{"role": "robot"}])
     assert refused.value.status == 422
     assert refused.value.errors[0]["path"] == "$.messages[0].role"
-    await history.append(conversation, [says("x")], key="k")
+    await history.add_messages(conversation, [says("x")], idempotency_key="k")
     with pytest.raises(Conflict):
-        await history.append(conversation, [says("y")], key="k")
+        await history.add_messages(conversation, [says("y")], idempotency_key="k")
     for bad in ("..", "a/b", "a?b", "a#b", "%2e"):
         with pytest.raises(ApiError):
             await history.get_conversation(bad)
@@ -141,11 +129,11 @@ async def test_errors_say_what_the_service_said(history: ChatHistoryClient) -> N
 async def test_an_append_is_stored_once_whatever_happens_to_its_connection(
     service: Service, proxy: Proxy
 ) -> None:
-    async with ChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
-        conversation = (await history.create_conversation("ada"))["id"]
+    async with AsyncChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
+        conversation = (await history.get_or_create_conversation("ada"))["id"]
         for before in (True, False):
             cut = proxy.cut(b"POST ", before=before, times=2)
-            stored = await history.append(conversation, [says("a"), says("b")])
+            stored = await history.add_messages(conversation, [says("a"), says("b")])
             assert cut.done == 2
             assert len(stored) == 2
     with service.client() as client:
@@ -153,10 +141,10 @@ async def test_an_append_is_stored_once_whatever_happens_to_its_connection(
 
 
 def test_the_synchronous_client_repeats_too_and_a_deletion_done_before_is_done(proxy: Proxy) -> None:
-    with SyncChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
-        conversation = history.create_conversation("ada")["id"]
+    with ChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
+        conversation = history.get_or_create_conversation("ada")["id"]
         cut = proxy.cut(b"POST ", before=False, times=2)
-        (stored,) = history.append(conversation, [says("a")])
+        (stored,) = history.add_messages(conversation, [says("a")])
         assert cut.done == 2
         cut = proxy.cut(b"DELETE ", before=False)
         history.delete_message(conversation, stored["id"])
@@ -166,12 +154,12 @@ def test_the_synchronous_client_repeats_too_and_a_deletion_done_before_is_done(p
 
 
 async def test_a_pop_is_never_sent_twice(service: Service, proxy: Proxy) -> None:
-    async with ChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
-        conversation = (await history.create_conversation("ada"))["id"]
-        stored = await history.append(conversation, [says("a"), says("b"), says("c")])
+    async with AsyncChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
+        conversation = (await history.get_or_create_conversation("ada"))["id"]
+        stored = await history.add_messages(conversation, [says("a"), says("b"), says("c")])
         proxy.cut(b"POST ", before=False)
         with pytest.raises(httpx.TransportError):
-            await history.pop(conversation)
+            await history.pop_message(conversation)
     with service.client() as client:
         assert whole_history(client, conversation) == stored[:2]
 
@@ -201,20 +189,20 @@ async def test_a_stream_that_breaks_off_goes_on_behind_the_last_message(service:
                 return httpx.Response(200, headers=response.headers, content=some())
             return response
 
-    async with ChatHistoryClient(service.url, transport=Breaking()) as history:
-        conversation = (await history.create_conversation("ada"))["id"]
-        stored = await history.append(conversation, [says(f"{n}" + "x" * 500) for n in range(300)])
-        assert [message async for message in history.stream(conversation)] == stored
+    async with AsyncChatHistoryClient(service.url, transport=Breaking()) as history:
+        conversation = (await history.get_or_create_conversation("ada"))["id"]
+        stored = await history.add_messages(conversation, [says(f"{n}" + "x" * 500) for n in range(300)])
+        assert [message async for message in history.stream_chat_history(conversation)] == stored
         assert broken == 3
         broken = 0
-        some = history.stream(conversation, order="desc", limit=250)
+        some = history.stream_chat_history(conversation, order="desc", limit=250)
         assert [message async for message in some] == stored[:-251:-1]
 
 
 async def test_a_service_that_stays_away_is_an_error_in_time() -> None:
-    async with ChatHistoryClient(f"http://127.0.0.1:{free_port()}", retry_s=0.5) as history:
+    async with AsyncChatHistoryClient(f"http://127.0.0.1:{free_port()}", retry_s=0.5) as history:
         with pytest.raises(httpx.ConnectError):
-            await history.append("c", [says("x")])
+            await history.add_messages("c", [says("x")])
 
 
 async def test_a_503_is_waited_out_as_long_as_it_says() -> None:
@@ -225,24 +213,24 @@ async def test_a_503_is_waited_out_as_long_as_it_says() -> None:
         seen.append(request.headers["Idempotency-Key"])
         return answers.pop() if answers else httpx.Response(201, json={"data": []})
 
-    async with ChatHistoryClient("http://x", transport=httpx.MockTransport(answer)) as history:
-        assert await history.append("c", [says("x")]) == []
+    async with AsyncChatHistoryClient("http://x", transport=httpx.MockTransport(answer)) as history:
+        assert await history.add_messages("c", [says("x")]) == []
     assert len(seen) == 4
     assert len(set(seen)) == 1
     gone = httpx.MockTransport(lambda _: httpx.Response(503))
-    async with ChatHistoryClient("http://x", transport=gone, retry_s=0.3) as history:
+    async with AsyncChatHistoryClient("http://x", transport=gone, retry_s=0.3) as history:
         with pytest.raises(Unavailable):
             await history.get_conversation("c")
 
 
 def test_one_client_serves_several_event_loops_and_threads(service: Service) -> None:
-    history, conversation = ChatHistoryClient(service.url), new_id()
+    history, conversation = AsyncChatHistoryClient(service.url), new_id()
     failures: list[Exception] = []
 
     async def some(number: int) -> None:
-        await history.create_conversation("ada", conversation)
+        await history.get_or_create_conversation("ada", conversation)
         for turn in range(5):
-            await history.append(conversation, [says(f"{number}/{turn}")])
+            await history.add_messages(conversation, [says(f"{number}/{turn}")])
         await history.aclose()
 
     def run(number: int) -> None:
@@ -285,7 +273,7 @@ GIVEN: list[Any] = [
 
 
 async def test_a_session_gives_back_exactly_what_it_was_given(
-    history: ChatHistoryClient, service: Service
+    history: AsyncChatHistoryClient, service: Service
 ) -> None:
     session = ChatHistorySession(new_id("session"), history)
     assert await session.get_items() == []
@@ -314,7 +302,7 @@ async def test_a_session_gives_back_exactly_what_it_was_given(
 
 
 async def test_a_session_stores_a_batch_with_one_request_and_once(proxy: Proxy) -> None:
-    async with ChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
+    async with AsyncChatHistoryClient(f"http://127.0.0.1:{proxy.port}", timeout_s=5) as history:
         session = ChatHistorySession(new_id("session"), history)
         await session.add_items([says("first")])
         cut = proxy.cut(b"POST ", before=False, times=2)
@@ -333,7 +321,7 @@ async def test_a_session_reads_what_was_appended_natively(client: httpx.Client, 
         {"role": "assistant", "content": "ok", "tool_calls": [call, call]},
         {"role": "tool", "tool_call_id": "c", "content": "done"},
     )
-    async with ChatHistoryClient(service.url) as history:
+    async with AsyncChatHistoryClient(service.url) as history:
         items: Any = await ChatHistorySession(conversation, history).get_items()
         assert [item["type"] for item in items] == [
             "message",
@@ -370,7 +358,7 @@ async def run_two_turns(session: Any) -> Any:
     return model.last_call.input
 
 
-async def test_an_agent_of_the_sdk_remembers_with_our_session(history: ChatHistoryClient) -> None:
+async def test_an_agent_of_the_sdk_remembers_with_our_session(history: AsyncChatHistoryClient) -> None:
     seen = await run_two_turns(ChatHistorySession(new_id("session"), history))
     assert [item.get("type", "message") for item in seen] == [
         "message",
@@ -399,7 +387,8 @@ async def test_an_agent_of_the_sdk_remembers_with_openais_own_session(service: S
         assert await session.get_items() == items[:-1]
         # More than a page, and more than one request of twenty.
         await session.add_items([says(f"{n}") for n in range(45)])
-        texts = [item["content"][0]["text"] for item in (await session.get_items())[-45:]]
+        items = await session.get_items()
+        texts = [item["content"][0]["text"] for item in items[-45:]]
         assert texts == [f"{n}" for n in range(45)]
         conversation = session.session_id
         await session.clear_session()
@@ -440,7 +429,7 @@ async def test_openais_own_session_behaves_over_http_as_its_own_tests_say(servic
         assert other.session_id != second
         assert len(await other.get_items()) == 1
         # What is refused is refused whole, and what was there stays.
-        wrong: Any = [says("fine"), {"type": "x", "id": "no id"}]
+        wrong: Any = [says("fine"), {"type": "x", "id": "no\nid"}]
         with pytest.raises(BadRequestError) as refused:
             await session.add_items(wrong)
         assert refused.value.param == "items[1].id"
@@ -471,16 +460,14 @@ MESSAGES: list[BaseMessage] = [
         additional_kwargs={"k": {"a.b": 1}},
         response_metadata={"m": "x"},
     ),
-    AIMessageChunk("half"),
-    ChatMessage("odd", role="critic"),
-    ChatMessage("even", role="assistant"),
-    FunctionMessage("old", name="f"),
+    AIMessageChunk(content="half"),
+    ChatMessage(content="odd", role="critic"),
+    ChatMessage(content="even", role="assistant"),
+    FunctionMessage(content="old", name="f"),
 ]
 
 
-def test_langchain_messages_are_restored_equal(
-    sync_history: SyncChatHistoryClient, client: httpx.Client
-) -> None:
+def test_langchain_messages_are_restored_equal(sync_history: ChatHistoryClient, client: httpx.Client) -> None:
     history = ChatHistoryMessages(new_id("session"), sync_history)
     assert history.messages == []
     history.clear()
@@ -496,24 +483,24 @@ def test_langchain_messages_are_restored_equal(
     assert "tool_calls" not in stored[3]["langchain"]
     assert (stored[5]["role"], stored[5]["tool_call_id"], stored[5]["content"]) == ("tool", "c", "done")
     items = client.get(f"/v1/conversations/{history.session_id}/items?order=asc").json()["data"]
-    assert items[4]["arguments"] == '{"a": 1, "b": [1.5, null]}'
+    assert items[3]["arguments"] == '{"a": 1, "b": [1.5, null]}'
     history.clear()
     assert history.messages == []
 
 
-async def test_langchain_does_the_same_asynchronously(history: ChatHistoryClient) -> None:
+async def test_langchain_does_the_same_asynchronously(history: AsyncChatHistoryClient) -> None:
     messages = ChatHistoryMessages(new_id("session"), async_client=history)
     assert await messages.aget_messages() == []
     await messages.aadd_messages(MESSAGES)
     assert await messages.aget_messages() == MESSAGES
     await messages.aclear()
     assert await messages.aget_messages() == []
-    with pytest.raises(ValueError, match="SyncChatHistoryClient"):
+    with pytest.raises(ValueError, match="ChatHistoryClient"):
         _ = messages.messages
 
 
 def test_langchain_reads_what_was_appended_natively(
-    sync_history: SyncChatHistoryClient, client: httpx.Client
+    sync_history: ChatHistoryClient, client: httpx.Client
 ) -> None:
     conversation = create(client, new_id(), user="default")
     good = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
@@ -538,7 +525,7 @@ def test_langchain_reads_what_was_appended_natively(
 
 
 async def test_pydantic_ai_messages_are_restored_equal(
-    history: ChatHistoryClient, client: httpx.Client
+    history: AsyncChatHistoryClient, client: httpx.Client
 ) -> None:
     store, conversation = ChatHistoryStore(history), new_id()
     assert await store.load(conversation) == []
@@ -571,7 +558,7 @@ async def test_pydantic_ai_messages_are_restored_equal(
     assert stored[4]["tool_call_id"] == "e"
 
 
-async def test_an_agent_of_pydantic_ai_remembers(history: ChatHistoryClient) -> None:
+async def test_an_agent_of_pydantic_ai_remembers(history: AsyncChatHistoryClient) -> None:
     store, conversation = ChatHistoryStore(history), new_id()
     agent = PydanticAgent(TestModel(custom_output_text="fine"))
 
@@ -590,7 +577,7 @@ async def test_an_agent_of_pydantic_ai_remembers(history: ChatHistoryClient) -> 
 
 
 async def test_pydantic_ai_reads_what_was_appended_natively(
-    history: ChatHistoryClient, client: httpx.Client
+    history: AsyncChatHistoryClient, client: httpx.Client
 ) -> None:
     conversation = create(client, new_id(), user="default")
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+import pytest
 from pymongo import MongoClient
 
+from service.chat_service import ChatService
+from service.database import Database
+from service.errors import ConversationNotFound
+from service.history.store import ConversationStore
+from service.settings import Settings
+from service.tenancy import TenantScope
 from tests.harness import Service, contents, new_id, whole_history
 
 WRITERS, APPENDS = 32, 50
@@ -172,29 +180,30 @@ async def test_a_refused_caller_neither_waits_for_the_owner_nor_keeps_the_owner_
     service: Service,
 ) -> None:
     """Whoever waits can tell by the wait that the conversation is there; whoever is waited for does harm."""
-    busy = new_id()
-    async with service.async_client() as client:
-        await client.post("/conversations", json={"user_id": "ada", "id": busy})
-        path = f"/conversations/{busy}/messages"
-        body = {"messages": [{"role": "user", "content": "x"} for _ in range(50)]}
-        queue = [asyncio.create_task(client.post(f"{path}?user_id=ada", json=body)) for _ in range(30)]
-        await asyncio.wait(queue, return_when=asyncio.FIRST_COMPLETED)
-        refused = [
-            asyncio.create_task(client.request(method, f"/conversations/{busy}{rest}?user_id=bob", json=sent))
-            for method, rest, sent in (
-                ("POST", "/pop", None),
-                ("POST", "/messages", {"role": "user", "content": "no"}),
-                ("PATCH", "", {"title": "no"}),
-                ("DELETE", "/messages/m", None),
-                ("DELETE", "", None),
-            )
+    settings = Settings(_env_file=None, mongodb_url=service.database_url)
+    database, busy = Database(settings), new_id()
+    await database.open()
+    store, scope = ConversationStore(database, settings), TenantScope()
+    chat, message = ChatService(store, scope), {"role": "user", "content": "x"}
+    try:
+        await chat.get_or_create_conversation("ada", busy)
+        calls: list[Callable[[], Awaitable[Any]]] = [
+            lambda: chat.pop_message(busy, "bob"),
+            lambda: chat.add_message(busy, message, "bob"),
+            lambda: chat.update_conversation(busy, "bob", title="no"),
+            lambda: chat.delete_message(busy, "m", "bob"),
+            lambda: chat.delete_messages(busy, "bob"),
+            lambda: chat.delete_conversation(busy, "bob"),
         ]
-        answers = await asyncio.gather(*refused)
-        waiting = sum(not each.done() for each in queue)
-        assert [each.status_code for each in answers] == [404] * len(answers)
-        assert waiting > len(queue) // 4, "the refused callers waited until nearly all appends were done"
-        assert {each.status_code for each in await asyncio.gather(*queue)} == {201}
-        assert len((await client.get(path, params={"limit": 1})).json()["data"]) == 1
+        async with store.turn(scope.conversation(busy, "ada")):
+            for call in calls:
+                with pytest.raises(ConversationNotFound):
+                    await call()
+        async with store.turn(scope.conversation(busy, "bob")):
+            assert len((await chat.add_message(busy, message, "ada")).messages) == 1
+    finally:
+        await store.close()
+        await database.close()
 
 
 async def test_nobody_can_compute_or_take_the_id_that_anothers_key_stands_for(
@@ -203,7 +212,7 @@ async def test_nobody_can_compute_or_take_the_id_that_anothers_key_stands_for(
     """The id is the same in every process, and its digest needs more than the user's name and the key."""
     key = new_id("turn")
     async with service.async_client() as one, second_service.async_client() as two:
-        sent = {"headers": {"Idempotency-Key": key, "X-User-Id": "ada"}, "json": {}}
+        sent: dict[str, Any] = {"headers": {"Idempotency-Key": key, "X-User-Id": "ada"}, "json": {}}
         made = (await one.post("/v1/conversations", **sent)).json()["id"]
         assert (await two.post("/v1/conversations", **sent)).json()["id"] == made
         guesses = [f"ada/{key}", f"/ada/{key}", key, f"ada{key}"]

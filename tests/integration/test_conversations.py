@@ -62,6 +62,10 @@ def test_a_conversation_that_is_not_yours_looks_like_none_at_all(
         ("GET", "/messages", {}),
         ("GET", "/messages", {"headers": {"accept": "application/x-ndjson"}}),
         ("POST", "/messages", {"json": {"role": "user", "content": "x"}}),
+        ("POST", "/checkpoints", {"json": {"upto_seq": 1, "summary": "private"}}),
+        ("GET", "/checkpoints", {}),
+        ("GET", "/context?max_turns=5", {}),
+        ("DELETE", "/checkpoints/cp_1", {}),
         ("GET", f"/messages/{message['id']}", {}),
         ("POST", "/pop", {}),
         ("DELETE", f"/messages/{message['id']}", {}),
@@ -69,14 +73,16 @@ def test_a_conversation_that_is_not_yours_looks_like_none_at_all(
         ("DELETE", "", {}),
     ]
     for method, path, options in calls:
-        theirs = client.request(method, f"/conversations/{conversation}{path}?user_id=bob", **options)
-        none = client.request(method, f"/conversations/none{path}?user_id=bob", **options)
+        owner = f"{'&' if '?' in path else '?'}user_id=bob"
+        theirs = client.request(method, f"/conversations/{conversation}{path}{owner}", **options)
+        none = client.request(method, f"/conversations/none{path}{owner}", **options)
         assert theirs.status_code == none.status_code == 404, (method, path)
         assert theirs.json() | {"detail": ""} == none.json() | {"detail": ""}
         assert theirs.text.replace(conversation, "none") == none.text
     assert whole_history(client, conversation) == [message]
     for method, path, options in calls:
-        mine = client.request(method, f"/conversations/{conversation}{path}?user_id=ada", **options)
+        owner = f"{'&' if '?' in path else '?'}user_id=ada"
+        mine = client.request(method, f"/conversations/{conversation}{path}{owner}", **options)
         assert mine.status_code in {200, 201, 204} or "messages/msg_" in path, (method, path, mine.text)
 
 
@@ -139,11 +145,35 @@ def test_the_list_pages_through_everything_once_in_order(client: httpx.Client, l
         if not page["has_more"]:
             break
         query["cursor"] = page["next"]
-    times = {each: client.get(f"/conversations/{each}").json()["updated_at"] for each in made}
+    times = {each: client.get(f"/conversations/{each}").json()["active_at"] for each in made}
     # Those of one millisecond are ordered by their ids.
     assert found == sorted(sorted(found), key=lambda each: times[each], reverse=True)
     assert set(found) == set(expected)
     assert found[0] == made[2]
+
+
+def test_only_messages_move_a_conversation_to_the_top_of_the_list(client: httpx.Client) -> None:
+    user = new_id("user")
+    older, newer = (create(client, user=user) for _ in range(2))
+    append(client, older, *({"role": "user", "content": f"{n}"} for n in range(4)))
+    append(client, newer, {"role": "user", "content": "newer"})
+    before = client.get(f"/conversations/{older}").json()
+    path = f"/conversations/{older}"
+    assert before["version"] == 1
+    for change in ({"title": "Renamed"}, {"metadata": {"pinned": True}}, {"expires_at": None}):
+        assert client.patch(path, json=change).json()["version"] == 1
+    assert client.delete(f"{path}/messages?after=3").status_code == 204
+    assert client.post(f"{path}/pop").status_code == 200
+    (first,) = client.get(f"{path}/messages", params={"limit": 1}).json()["data"]
+    assert client.delete(f"{path}/messages/{first['id']}").status_code == 204
+    after = client.get(path).json()
+    assert after["active_at"] == before["active_at"] < after["updated_at"]
+    assert after["version"] == 4
+    listed = client.get("/conversations", params={"user_id": user}).json()["data"]
+    assert [each["id"] for each in listed] == [newer, older]
+    append(client, older, {"role": "user", "content": "latest"})
+    listed = client.get("/conversations", params={"user_id": user}).json()["data"]
+    assert [each["id"] for each in listed] == [older, newer]
 
 
 def test_a_user_without_conversations_has_an_empty_list(client: httpx.Client) -> None:
@@ -151,8 +181,7 @@ def test_a_user_without_conversations_has_an_empty_list(client: httpx.Client) ->
     assert response.json() == {"data": [], "has_more": False, "next": None}
 
 
-def test_the_list_wants_a_user_and_a_cursor_of_its_own(client: httpx.Client) -> None:
-    assert client.get("/conversations").status_code == 422
+def test_the_list_wants_a_cursor_of_its_own(client: httpx.Client) -> None:
     for cursor in ("!", "AAAA", "x" * 600, "OTk5OTk5OTk5OTk5OTk5OTk5OTk6eA", ""):
         response = client.get("/conversations", params={"user_id": "ada", "cursor": cursor})
         assert response.status_code == 422, cursor

@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
-from service.chat_service import ChatService
 from service.database import Database
+from service.history.deleting import resume_deletions
+from service.history.store import ConversationStore
 from service.settings import Settings
-from tests.harness import Service, append, contents, create, new_id, running, whole_history
+from tests.harness import Service, append, command, contents, create, new_id, running, whole_history
 from tests.integration.test_imports import big_export
-from tests.integration.test_lifecycle import command
 from tests.mongo_proxy import MongoProxy, mongo_proxied
 
 TIMEOUT_MS = 1_200
@@ -254,12 +254,11 @@ def test_a_replay_costs_one_round_trip_more_than_its_reads(proxy: MongoProxy, ou
     send = keyed(ours, f"/conversations/{conversation}/messages", MESSAGE)
     proxy.forget()
     assert send().status_code == 201
-    assert _data_commands(proxy) == ["update", "find", "insert", "commitTransaction"]
+    assert _data_commands(proxy) == ["findAndModify", "insert", "commitTransaction"]
     proxy.forget()
     assert send().status_code == 200
     assert _data_commands(proxy) == [
-        "update",
-        "find",
+        "findAndModify",
         "insert",
         "abortTransaction",
         *["find"] * 3,
@@ -268,7 +267,7 @@ def test_a_replay_costs_one_round_trip_more_than_its_reads(proxy: MongoProxy, ou
 
 
 def _data_commands(proxy: MongoProxy) -> list[str]:
-    names = {"update", "find", "insert", "delete", "commitTransaction", "abortTransaction"}
+    names = {"update", "findAndModify", "find", "insert", "delete", "commitTransaction", "abortTransaction"}
     return [each.name for each in list(proxy.seen) if each.name in names and each.in_transaction]
 
 
@@ -345,7 +344,7 @@ async def test_what_is_being_deleted_is_looked_up_without_what_it_holds(
     database = Database(settings)
     await database.open()
     try:
-        assert await ChatService(database, settings).finish_deletions() == 1
+        assert await resume_deletions(ConversationStore(database, settings)) == 1
     finally:
         await database.close()
     (look,) = [each for each in proxy.commands("find") if each["filter"] == {"user_id": ""}]
@@ -358,7 +357,7 @@ def test_a_key_is_not_lost_with_the_answer_of_a_commit(proxy: MongoProxy, on_it:
     assert (made.done, done.returncode) == (2, 0), done.stderr
     key_id = done.stdout.partition("chk_")[2][:16]
     assert [each["_id"] for each in proxy.latest.api_keys.find()] == [key_id]
-    revoked = proxy.unknown_commit(when=proxy.wrote("update", "api_keys"))
+    revoked = proxy.unknown_commit(when=proxy.wrote("findAndModify", "api_keys"))
     done = command(on_it, "keys", "revoke", key_id)
     assert (revoked.done, done.returncode) == (2, 0), done.stderr
     assert command(on_it, "keys", "revoke", key_id).returncode == 1

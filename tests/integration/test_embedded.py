@@ -20,7 +20,7 @@ import pytest
 from pymongo import MongoClient
 from pymongo.errors import OperationFailure
 
-from service import embedded
+from service.embedded import data_directory, engine
 from service.settings import Settings
 from tests.harness import (
     Service,
@@ -34,6 +34,8 @@ from tests.harness import (
     whole_history,
 )
 
+pytestmark = pytest.mark.embedded_engine("all of it")
+
 
 def failing(service: Service) -> str:
     """Start a service that must not start, and return what it says."""
@@ -46,7 +48,8 @@ def failing(service: Service) -> str:
 def test_the_command_for_mongosh_is_printed_at_start_and_mongo_url_prints_the_url(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service", "mongo-url"]
     with running(tmp_path) as service:
-        assert 'mongosh "$(chat-history mongo-url)"' in service.output()
+        # Named as it was started here.
+        service.wait_to_say(f'mongosh "$({sys.executable} -m service mongo-url)"')
         with MongoClient[dict[str, object]](service.database_url) as operator:
             assert operator.get_default_database().list_collection_names()
         said = subprocess.run(
@@ -165,7 +168,7 @@ def end_by_kill(service: Service) -> None:
 
 def end_by_killing_the_guard_too(service: Service) -> None:
     assert service.process is not None
-    (guard,) = children(service.process.pid, "embedded_guard")
+    (guard,) = children(service.process.pid, "embedded/guard.py")
     service.process.kill()
     os.kill(guard, signal.SIGKILL)
     service.process.wait(10)
@@ -226,7 +229,7 @@ def test_a_standalone_mongod_is_refused_at_start_with_the_line_that_mends_it(tmp
     port = free_port()
     program = Path(sys.executable).parent / "secantusd-py"
     command = [
-        program,
+        str(program),
         "--standalone",
         "--host",
         "127.0.0.1",
@@ -259,7 +262,7 @@ def test_an_index_that_stands_in_another_form_is_said_at_start(service: Service,
         assert other.process is not None
         assert other.process.wait(40) != 0
         operator.drop_database(name)
-    assert "An index cannot be made" in other.output()
+    assert "The index messages.conversation_id_1_seq_1 cannot be made" in other.output()
 
 
 # -- each directory has its own engine -------------------------------------------------------------------
@@ -314,11 +317,16 @@ def test_a_command_works_on_the_engine_of_its_own_directory_whatever_port_it_is_
         assert len(whole_history(client, "imported")) == 1
     with first.client(headers={"X-API-Key": "PLANTED-s3cr3t"}) as client:
         assert client.get("/conversations/imported").status_code == 404
-    for arguments in (["verify"], ["keys", "create", "k", "--scope", "read"], ["expire"], ["keys", "list"]):
+    for arguments, lines in (
+        (["verify"], 1),
+        (["keys", "create", "k", "--scope", "read"], 1),
+        (["expire"], 1),
+        (["keys", "list"], 2),
+    ):
         done = command(second, *arguments, unset=None, **told)
         assert done.returncode == 0, done.stderr
         assert f"of {second.data} " in done.stderr
-        assert len(done.stdout.splitlines()) == 1
+        assert len(done.stdout.splitlines()) == lines
     with MongoClient[dict[str, Any]](first.database_url) as operator:
         assert operator.get_default_database().api_keys.count_documents({}) == 0
 
@@ -411,7 +419,7 @@ def test_commands_at_once_wait_for_each_other_where_no_service_runs(tmp_path: Pa
     said = [each.communicate(timeout=120) for each in started]
     assert [each.returncode for each in started] == [0, 0, 0], said
     assert any("waits until process" in error for _, error in said)
-    assert len(command(service, "keys", "list").stdout.splitlines()) == 3
+    assert len(command(service, "keys", "list").stdout.splitlines()) == 1 + 3
     assert command(service, "mongo-url").returncode == 1  # no engine runs
 
 
@@ -545,7 +553,7 @@ def test_what_is_no_plain_file_in_the_data_directory_is_left_alone(
     else:
         os.mkfifo(service.data / name)
     settings = Settings(_env_file=None, data_dir=service.data, embedded_port=service.embedded_port)
-    with pytest.raises(embedded.EmbeddedEngineError) as refusal, embedded.EmbeddedEngine(settings):
+    with pytest.raises(data_directory.EmbeddedEngineError) as refusal, engine.EmbeddedEngine(settings):
         pass
     assert f"{service.data / name} is a link or no plain file" in str(refusal.value)
     assert precious.read_text() == "precious"
@@ -558,13 +566,13 @@ def test_a_data_directory_of_another_user_is_refused(tmp_path: Path, monkeypatch
     another = os.geteuid() + 1000
     with monkeypatch.context() as patched:
         patched.setattr(os, "geteuid", lambda: another)
-        with pytest.raises(embedded.EmbeddedEngineError, match="belongs to another user"):
-            embedded._make_private(data)
-    embedded._make_private(link)
+        with pytest.raises(data_directory.EmbeddedEngineError, match="belongs to another user"):
+            data_directory.make_private(data)
+    data_directory.make_private(link)
     with contextlib.suppress(PermissionError):  # only root may give files away
         os.chown(link, another, -1, follow_symlinks=False)
-        with pytest.raises(embedded.EmbeddedEngineError, match="a link that belongs to another user"):
-            embedded._make_private(link)
+        with pytest.raises(data_directory.EmbeddedEngineError, match="a link that belongs to another user"):
+            data_directory.make_private(link)
 
 
 def test_a_directory_with_something_else_in_it_is_not_closed_to_others(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_the_same_of_a_conversation(opened: httpx.Client, body: str, path: str) 
 
 def test_a_message_of_almost_16_mib_is_held_and_a_larger_one_is_refused(opened: httpx.Client) -> None:
     conversation = create(opened, new_id())
-    fits = 16 * 1024 * 1024 - 1024 - 100
+    fits = 16 * 1024 * 1024 - 32 * 1024 - 100
     text = "x" * fits
     assert post(opened, conversation, json.dumps({"role": "user", "content": text})).status_code == 201
     (stored,) = history(opened, conversation)["data"]

@@ -6,18 +6,26 @@ from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import bson
 import pytest
 from pymongo import MongoClient, monitoring
 from pymongo.database import Database as MongoDatabase
 
-from service.chat_service import ChatService, list_query
+from service.chat_service import ChatService, ContextRequest, ShortenedResults
 from service.database import Database
 from service.errors import ConversationNotFound
+from service.formats import bson_codec
+from service.history.listing import window_filter
+from service.history.store import ConversationStore
 from service.settings import Settings
+from service.tenancy import OwnerKey, TenantScope, escaped
+from service.user_data import UserData
 from tests.harness import Service, new_id
 
-LONG, SHORT = 50_000, 50
+LONG, MIDDLE, SHORT = 50_000, 500, 50
 START = datetime(2026, 1, 1, tzinfo=UTC)
+# The tokens of each message.
+TOKENS = 100
 
 
 class Commands(monitoring.CommandListener):
@@ -25,12 +33,15 @@ class Commands(monitoring.CommandListener):
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self.answers: list[Any] = []
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
         if event.database_name != "admin" or event.command_name == "commitTransaction":
             self.sent.append(event.command)
 
-    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None: ...
+    def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
+        self.answers.append(event.reply)
+
     def failed(self, event: monitoring.CommandFailedEvent) -> None: ...
 
 
@@ -42,15 +53,17 @@ def operator(service: Service) -> Iterator[MongoDatabase[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def talks(operator: MongoDatabase[dict[str, Any]]) -> dict[int, str]:
-    """A conversation of 50,000 messages and one of 50, as the service would have stored them."""
+    """A conversation of 50,000 messages, one of 500 and one of 50, as the service would have stored them."""
     made = {}
-    for size in (LONG, SHORT):
+    for size in (LONG, MIDDLE, SHORT):
         conversation = made[size] = new_id()
-        about = {"user_id": "ada", "title": None, "metadata": {}, "exact_metadata": None}
+        about: dict[str, Any] = {"user_id": "ada", "title": None, "metadata": {}, "exact_metadata": None}
         end = START + timedelta(seconds=size)
         counts = {"created_at": START, "updated_at": end, "last_seq": size, "message_count": size}
-        operator.conversations.insert_one({"_id": conversation, **about, **counts})
-        for first in range(1, size + 1, 1_000):
+        totals = {"tokens_total": size * TOKENS, "turns_total": size // 2}
+        operator.conversations.insert_one({"_id": conversation, **about, **counts, **totals})
+        # The engine ends each call with a transaction, so few large calls cost it less than many small ones.
+        for first in range(1, size + 1, 10_000):
             operator.messages.insert_many(
                 {
                     "_id": f"{conversation}/m{seq}",
@@ -60,8 +73,11 @@ def talks(operator: MongoDatabase[dict[str, Any]]) -> dict[int, str]:
                     "created_at": START + timedelta(seconds=seq),
                     "role": "system" if seq == 7 else "assistant" if seq % 2 else "user",
                     "content": f"{seq}",
+                    "token_count": TOKENS,
+                    "_tokens_before": (seq - 1) * TOKENS,
+                    "_turns_before": (seq - 1) // 2,
                 }
-                for seq in range(first, min(first + 1_000, size + 1))
+                for seq in range(first, min(first + 10_000, size + 1))
             )
     return made
 
@@ -76,7 +92,7 @@ async def counted(service: Service) -> AsyncIterator[tuple[ChatService, Commands
     await database.open()
     monitoring._LISTENERS.command_listeners.remove(commands)
     commands.sent.clear()
-    yield ChatService(database, settings), commands, database
+    yield ChatService(ConversationStore(database, settings), TenantScope()), commands, database
     await database.close()
 
 
@@ -113,6 +129,33 @@ async def test_a_page_costs_the_same_in_a_conversation_of_50000_messages_as_in_o
     assert all(plan in INDEXES for plan, _ in looked_at), looked_at
     assert max(count for _, count in looked_at) <= 130
     assert sum(count for _, count in looked_at) <= 51 + 51 + (1 + TIME_STEPS) * 2 + 64 * by_time
+
+
+CONTEXTS = [
+    ContextRequest("tokens", 8_000, form="openai", repair=True),
+    ContextRequest("tokens", 8_000, shortened=ShortenedResults(3, 50)),
+    ContextRequest("messages", 80),
+    ContextRequest("turns", 40),
+]
+
+
+@pytest.mark.parametrize("wanted", CONTEXTS, ids=lambda wanted: f"{wanted.unit}-{wanted.form}")
+async def test_a_context_costs_the_same_in_a_conversation_of_50000_messages_as_in_one_of_500(
+    counted: Any, talks: dict[int, str], operator: MongoDatabase[dict[str, Any]], wanted: ContextRequest
+) -> None:
+    chat, commands, _ = counted
+    costs = []
+    for size in (LONG, MIDDLE):
+        commands.sent.clear()
+        made = await chat.get_context(talks[size], wanted)
+        assert 50 <= len(made["messages"]) <= 80
+        finds = [each for each in commands.sent if each["find"] != "conversations"]
+        costs.append([(each["find"], *_examined(operator, each)) for each in finds])
+        assert len(commands.sent) == 1 + len(finds)
+    assert costs[0] == costs[1]
+    # The head, two parts of the end, and the user's message before them.
+    assert len(costs[0]) <= 1 + 2 + 2
+    assert sum(count for _, _, count in costs[0]) <= 2 + 2 * 64 + 2
 
 
 INDEXES = {"conversation_id_1_seq_1", "conversation_id_1_created_at_1", "conversation_id_1_role_1_seq_1"}
@@ -159,6 +202,7 @@ async def test_the_list_costs_the_page_and_uses_its_index(counted: Any, operator
             "metadata": {},
             "created_at": start,
             "updated_at": start + timedelta(minutes=n),
+            "active_at": start + timedelta(minutes=n),
             "last_seq": 0,
             "message_count": 0,
         }
@@ -174,7 +218,7 @@ async def test_the_list_costs_the_page_and_uses_its_index(counted: Any, operator
         looked_at = 0
         for find in commands.sent:
             plan, count = _examined(operator, find)
-            assert plan == "user_id_1_updated_at_-1__id_1"
+            assert plan == "user_id_1_active_at_-1__id_1"
             looked_at += count
         # A window is at most eight times as wide as the one before it.
         assert looked_at <= 20 * 8 + 20
@@ -184,10 +228,10 @@ async def test_the_list_costs_the_page_and_uses_its_index(counted: Any, operator
 def test_a_window_of_the_list_has_its_beginning_and_not_its_end(operator: Any) -> None:
     user, millisecond = new_id("user"), timedelta(milliseconds=1)
     operator.conversations.insert_many(
-        {"_id": f"{user}-{n}", "user_id": user, "updated_at": START + n * millisecond} for n in range(40)
+        {"_id": f"{user}-{n}", "user_id": user, "active_at": START + n * millisecond} for n in range(40)
     )
     for begin, end in ((0, 1), (7, 8), (0, 40), (13, 13), (5, 39)):
-        query = list_query(user, START + begin * millisecond, START + end * millisecond)
+        query = window_filter(OwnerKey(user), START + begin * millisecond, START + end * millisecond)
         found = {each["_id"] for each in operator.conversations.find(query)}
         assert found == {f"{user}-{n}" for n in range(begin, end)}
 
@@ -229,15 +273,84 @@ async def test_an_append_is_four_round_trips_all_of_them_in_its_transaction(coun
         assert commands.sent[-1]["writeConcern"] == {"w": "majority", "j": True}
 
 
-async def test_a_pop_is_five_round_trips_all_of_them_in_its_transaction(counted: Any) -> None:
+async def test_a_pop_is_seven_round_trips_all_of_them_in_its_transaction(counted: Any) -> None:
     chat, commands, _ = counted
     conversation, _ = await chat.get_or_create_conversation("ada", new_id())
     await chat.add_messages(conversation.id, [{"role": "user"}] * 3)
     commands.sent.clear()
     await chat.pop_message(conversation.id)
     sent = [next(iter(each)) for each in commands.sent]
-    assert sent == ["update", "find", "find", "delete", "commitTransaction"]
+    # Locked, found, deleted, and uncounted with the part of the history that changed.
+    assert sent == ["update", "find", "find", "delete", "update", "find", "commitTransaction"]
     assert len({each["txnNumber"] for each in commands.sent}) == 1
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["embedded", "mongodb"])
+async def test_a_call_on_messages_moves_neither_title_nor_metadata(counted: Any, embedded: bool) -> None:
+    chat, commands, database = counted
+    database.embedded_engine = embedded
+    large = {"$ref": "m" * 60_000, "$id": 1}  # an object whose exact copy the embedded engine keeps, too
+    conversation, _ = await chat.get_or_create_conversation("ada", new_id(), title="T", metadata={"x": large})
+    key = conversation.id
+    calls: list[Any] = [
+        lambda: chat.add_messages(key, [{"role": "user", "id": f"m{n}"} for n in range(5)]),
+        lambda: chat.add_messages(key, [{"role": "user", "id": f"m{n}"} for n in range(5)]),  # a replay
+        lambda: chat.get_chat_history(key, last=3),
+        lambda: chat.get_chat_history(key, since=START, role="user"),
+        lambda: anext(chat.stream_chat_history(key)),
+        lambda: chat.get_message(key, "m1"),
+        lambda: chat.get_context(key, CONTEXTS[0]),
+        lambda: chat.delete_message(key, "m1"),
+        lambda: chat.pop_message(key),
+        lambda: chat.delete_messages(key, after=1),
+        lambda: chat.delete_conversation(key),
+    ]
+    for number, call in enumerate(calls):
+        commands.sent.clear()
+        commands.answers.clear()
+        await call()
+        assert sum(len(bson.encode(each)) for each in (*commands.sent, *commands.answers)) < 12_000, number
+        assert not any({"title", "metadata", "exact_metadata"} & _names(each) for each in commands.answers)
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["embedded", "mongodb"])
+async def test_an_import_moves_the_metadata_once_and_counts_nothing(counted: Any, embedded: bool) -> None:
+    chat, commands, database = counted
+    database.embedded_engine = embedded
+    user_data = UserData(ConversationStore(database, chat._store.settings), TenantScope())
+    at, size, key = START.isoformat(), 1_100, new_id()  # three batches
+    exported = {
+        "id": key,
+        "user_id": "ada",
+        "title": "T",
+        "metadata": {"x": "m" * 60_000},
+        "created_at": at,
+        "updated_at": at,
+        "last_seq": size,
+        "message_count": size,
+    }
+    service_fields = {"conversation_id": key, "user_id": "ada", "created_at": at}
+    messages = [{"id": f"m{n}", "seq": n, "role": "user", **service_fields} for n in range(1, size + 1)]
+    for stored in (size, None):  # then the same once more, which finds it stored
+        commands.sent.clear()
+        commands.answers.clear()
+        assert await user_data.import_conversation(exported, messages, dry_run=False) == stored
+        assert not any({"title", "metadata", "exact_metadata"} & _names(each) for each in commands.answers)
+        sent = [len(bson.encode(each)) for each in commands.sent if "insert" not in each]
+        assert sum(sent) < (80_000 if stored else 20_000)
+        # The one count is that of what an older version left, before the id is taken: it matches nothing.
+        counts = [each for each in commands.sent if next(iter(each)) in {"aggregate", "count"}]
+        assert len(counts) == (1 if stored else 0)
+        assert not counts or commands.sent.index(counts[0]) <= 1
+
+
+def _names(answer: Any) -> set[str]:
+    """The names of all fields of the documents in an answer."""
+    found = [answer.get("value") or {}]
+    for batch in (answer.get("cursor") or {}).get("firstBatch", []):
+        # A raw cursor's batch is one element: documents that stand one after the other.
+        found += map(bson.decode, bson_codec.iter_documents(batch)) if isinstance(batch, bytes) else [batch]
+    return {name for each in found for name in each}
 
 
 async def test_every_write_is_part_of_a_transaction(counted: Any) -> None:
@@ -251,7 +364,7 @@ async def test_every_write_is_part_of_a_transaction(counted: Any) -> None:
     await chat.delete_messages(conversation.id, after=3)
     await chat.delete_conversation(conversation.id)
     writes = [each for each in commands.sent if next(iter(each)) in {"insert", "update", "delete"}]
-    assert len(writes) == 17
+    assert len(writes) == 20
     assert all(each["autocommit"] is False for each in writes)
 
 
@@ -266,17 +379,18 @@ def test_the_indexes_are_the_ones_that_documents_declares(operator: Any) -> None
     assert set(messages) == {"_id_", *INDEXES}
     assert messages["conversation_id_1_seq_1"]["unique"]
     conversations = operator.conversations.index_information()
-    listed, owned = "user_id_1_updated_at_-1__id_1", "user_id_1__id_1"
-    assert set(conversations) == {"_id_", listed, owned, "expires_at_1"}
+    listed, owned = "user_id_1_active_at_-1__id_1", "user_id_1__id_1"
+    assert set(conversations) == {"_id_", listed, owned, "due_at_1__id_1_all"}
     asked = {"_id": "c", "user_id": "ada"}
     assert _examined(operator, {"find": "conversations", "filter": asked, "limit": 1})[0] == owned
 
 
-async def test_what_is_not_yours_costs_what_is_not_there(counted: Any) -> None:
+@pytest.mark.parametrize("form", ["{}", "auth0|{}/%2F 张"])
+async def test_what_is_not_yours_costs_what_is_not_there(counted: Any, form: str) -> None:
     """The same commands, answered alike: there is no work by whose time one could tell the two apart."""
     chat, commands, _ = counted
-    hers, (missing, other) = new_id(), (new_id(), new_id())
-    await chat.get_or_create_conversation("ada", hers)
+    hers, missing, other = (form.format(new_id()) for _ in range(3))
+    await chat.get_or_create_conversation(form.format("ada"), hers)
     stored = (await chat.add_message(hers, {"role": "user"}, idempotency_key="k")).messages[0]
     verbs: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
         (chat.get_conversation, (), {}),
@@ -287,6 +401,10 @@ async def test_what_is_not_yours_costs_what_is_not_there(counted: Any) -> None:
         (chat.delete_message, (stored["id"],), {}),
         (chat.pop_message, (), {}),
         (chat.delete_messages, (), {}),
+        (chat.get_context, (CONTEXTS[0],), {}),
+        (chat.create_checkpoint, (1, "s"), {}),
+        (chat.list_checkpoints, (), {}),
+        (chat.delete_checkpoint, ("cp_1",), {}),
         (chat.delete_conversation, (), {}),
     ]
     for verb, arguments, options in verbs:
@@ -294,9 +412,9 @@ async def test_what_is_not_yours_costs_what_is_not_there(counted: Any) -> None:
         for conversation in (hers, missing, other):
             commands.sent.clear()
             with pytest.raises(ConversationNotFound):
-                await verb(conversation, *arguments, user_id="bob", **options)
+                await verb(conversation, *arguments, user_id=form.format("bob"), **options)
             text = str([_without_times(each) for each in commands.sent])
-            shapes.append(text.replace(conversation, "ID"))
+            shapes.append(text.replace(escaped(conversation), "ID"))
         assert shapes[0] == shapes[1] == shapes[2], verb
 
 

@@ -11,7 +11,7 @@ from tests.harness import append, create, new_id, whole_history
 
 
 def post(client: httpx.Client, conversation: str, body: Any, key: str | None = None) -> httpx.Response:
-    headers = {"Idempotency-Key": key.encode()} if key is not None else {}
+    headers = {b"Idempotency-Key": key.encode()} if key is not None else {}
     return client.post(f"/conversations/{conversation}/messages", json=body, headers=headers)
 
 

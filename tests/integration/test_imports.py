@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ import pytest
 from pymongo import MongoClient
 from pymongo.uri_parser import parse_uri
 
-from tests.harness import Service, append, create, new_id, whole_history
-from tests.integration.test_lifecycle import CONVERSATION, END, HEAD, command, message
+from tests.harness import Service, append, command, create, new_id, on_database, running, whole_history
+from tests.integration.test_lifecycle import CONVERSATION, END, HEAD, message
 from tests.mongo_proxy import MongoProxy, mongo_proxied
 
 
@@ -35,12 +37,80 @@ def big_export(file: Path, conversation: str, *, count: int = 1_200, user: str =
     file.write_text("".join(json.dumps(each) + "\n" for each in (HEAD, about, *messages, end)))
 
 
+@pytest.fixture(scope="module")
+def service(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service on a database of its own, because `verify` reads all that is in a database."""
+    url = on_database(service.database_url, new_id("imports"))
+    with running(tmp_path_factory.mktemp("imports"), mongodb_url=url) as started:
+        yield started
+        if "TEST_MONGODB_URL" in os.environ:  # the embedded engine ends with the run, and its data with it
+            with MongoClient[dict[str, Any]](url) as operator:
+                operator.drop_database(operator.get_default_database())
+
+
 @pytest.fixture
 def behind_a_proxy(service: Service, tmp_path: Path) -> Iterator[tuple[Service, MongoProxy]]:
     """A service's settings for commands whose database is reached through a proxy; it is not started."""
     name = str(parse_uri(service.database_url)["database"])
     with mongo_proxied(service.database_url, name, hide_engine=False) as proxy:
         yield Service(tmp_path, mongodb_url=proxy.url, database_timeout_ms=3_000), proxy
+
+
+def test_a_file_that_another_program_wrote_is_imported_and_its_changes_are_told(
+    service: Service, client: httpx.Client, tmp_path: Path
+) -> None:
+    conversation, file, user = new_id(), tmp_path / "theirs.ndjson", new_id("user")
+    times = [
+        "1969-07-20T20:17:40Z",
+        "2024-05-01 10:00:00",
+        None,
+        "2024-04-30T00:00:00Z",
+        "2024-05-01T12:00:00+02:00",
+    ]
+    about = {**CONVERSATION, "id": conversation, "user_id": user, "last_seq": 5, "message_count": 5}
+    about |= {"created_at": "1969-07-20T20:17:40", "updated_at": None}
+    told = {"conversation_id": conversation, "user_id": user}
+    messages = [message(**told, id=f"m{seq}", seq=seq, created_at=time) for seq, time in enumerate(times, 1)]
+    del messages[2]["message"]["created_at"]
+    lines = [HEAD, about, *messages, {**END, "messages": 5}]
+    text = "\ufeff" + "\r\n".join(json.dumps(each) for each in lines) + "\r\n"
+    file.write_bytes(text.encode())
+    done = command(service, "import", str(file))
+    assert done.returncode == 0, done.stderr
+    said, *changes = done.stdout.splitlines()
+    assert "1 conversations, 5 messages imported" in said
+    assert sorted(changes) == [
+        "  1 times earlier than the time before them, set to the time before",
+        "  2 missing times, set to the time before, or to the first that is known",
+        "  2 times before 1970, set to 1970-01-01T00:00:00Z",
+        "  2 times without a zone, read as UTC",
+    ]
+    stored = [each["created_at"] for each in whole_history(client, conversation)]
+    assert stored == ["1970-01-01T00:00:00.000Z", *["2024-05-01T10:00:00.000Z"] * 4]
+    shown = client.get(f"/conversations/{conversation}").json()
+    assert (shown["created_at"], shown["updated_at"]) == (stored[0], stored[-1])
+    again = command(service, "import", str(file)).stdout.splitlines()[0]
+    assert again.endswith("0 messages imported, 1 conversations were there")
+    assert append(client, conversation, {"role": "user"})[0]["seq"] == 6
+
+
+def test_the_file_in_the_description_of_the_format_is_one_and_is_exported_so(
+    service: Service, client: httpx.Client, tmp_path: Path
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "export-format.md"
+    (shown,) = re.findall(r"^```js\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    file = tmp_path / "shown.ndjson"
+    file.write_text(shown)
+    done = command(service, "import", str(file), "--user", "cleo")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1  # nothing was changed
+    exported = [json.loads(line) for line in client.get("/users/cleo/export").text.splitlines()]
+    head, *told = map(json.loads, shown.splitlines())
+    assert exported[0] == {**head, "created_at": exported[0]["created_at"]}
+    told[0]["expires_at"] = None
+    assert exported[1:] == told
+    named = set(re.findall(r"`(\w+)`", page.read_text()))
+    assert {name for line in exported for name in line} <= named
 
 
 def interrupted_import(behind: tuple[Service, MongoProxy], file: Path, conversation: str) -> None:
@@ -79,7 +149,7 @@ def test_nobody_gets_what_an_interrupted_import_stored_and_the_same_import_goes_
     other = tmp_path / "bob.ndjson"
     big_export(other, conversation, user="bob")
     refused = command(service, "import", str(other))
-    assert (refused.returncode, "import is going on" in refused.stderr) == (1, True), refused.stderr
+    assert (refused.returncode, "is going on" in refused.stderr) == (1, True), refused.stderr
     done = command(service, "import", str(file))
     assert done.returncode == 0, done.stderr
     assert len(whole_history(client, conversation)) == 1_200
@@ -108,7 +178,7 @@ def test_an_abandoned_import_is_removed_and_its_id_is_free(
     assert append(client, conversation, {"role": "user", "id": "m1"})[0]["seq"] == 1
     assert proxy.latest.messages.count_documents({"conversation_id": conversation}) == 1
     done = command(service, "import", str(file))
-    assert (done.returncode, "Something else stands" in done.stderr) == (1, True), done.stderr
+    assert (done.returncode, "is taken by a conversation" in done.stderr) == (1, True), done.stderr
 
 
 def test_erasing_a_user_takes_what_an_interrupted_import_stored_of_his(

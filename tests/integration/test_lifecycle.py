@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,15 @@ import httpx
 import pytest
 from pymongo import MongoClient
 
-from service.chat_service import ChatService
+from service.chat_service import ChatService, ConversationRecord
 from service.database import Database
-from service.documents import Conversation
-from service.lifecycle import Lifecycle
+from service.errors import ChatHistoryError, ConversationNotFound
+from service.history.store import ConversationStore
 from service.settings import Settings
-from tests.harness import Service, append, create, history, new_id, running, whole_history
+from service.tenancy import TenantScope
+from service.user_data import UserData, exporting
+from service.user_data.exporting import ImportCounts, import_file
+from tests.harness import Service, append, command, create, history, new_id, running, whole_history
 
 ODD = {
     "role": "assistant",
@@ -30,17 +35,6 @@ ODD = {
     "a.b": {"$set": None},
     "é": "",
 }
-
-
-def command(service: Service, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "service", *arguments],
-        env=service.environment(),
-        cwd=service.directory,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def conversations_of(client: httpx.Client, user: str) -> list[Any]:
@@ -118,7 +112,9 @@ def test_an_erasure_that_was_killed_goes_on_and_its_receipt_is_of_all_of_it(tmp_
             # What was not erased yet is whole.
             for each in left:
                 assert len(whole_history(client, each["id"])) == each["message_count"]
-            assert client.delete("/users/ada").json() == {**expected, "dry_run": False}
+            while (answer := client.delete("/users/ada")).status_code == 202:
+                time.sleep(0.05)  # the machine is busy, and the erasure goes on
+            assert answer.json() == {**expected, "dry_run": False}
             assert conversations_of(client, "ada") == []
         assert "0 violations" in command(service, "verify").stdout
 
@@ -162,7 +158,7 @@ def test_an_export_is_taken_back_exactly(tmp_path: Path) -> None:
             "expires_at": "2100-01-01T00:00:00Z",
         }
         client.patch(f"/conversations/{made[0]}", json=body).raise_for_status()
-        append(client, made[1], *({"role": "user", "content": f"{n}"} for n in range(1_000)))
+        append(client, made[1], *({"role": "user", "content": f"{n}"} for n in range(600)))
         append(client, made[1], *({"role": "user", "content": "x" * 100_000} for n in range(100)))
         client.delete(f"/conversations/{made[1]}/messages/{whole_history(client, made[1])[5]['id']}")
         before = everything(client, "ada")
@@ -200,8 +196,8 @@ def test_an_import_that_was_killed_goes_on_and_shows_no_half_of_a_conversation(t
     with running(tmp_path / "one") as service, service.client() as client:
         made = [create(client, new_id(), user="ada") for _ in range(4)]
         for each in made:
-            for _ in range(2):
-                append(client, each, *({"role": "user", "content": f"{n}" * 200} for n in range(1_000)))
+            for count in (1_000, 200):  # three batches of an import
+                append(client, each, *({"role": "user", "content": f"{n}" * 200} for n in range(count)))
         before = everything(client, "ada")
         export(service, "ada", file)
     with running(tmp_path / "two") as service:
@@ -226,13 +222,13 @@ def test_an_import_that_was_killed_goes_on_and_shows_no_half_of_a_conversation(t
         service.start()
         with service.client() as client:
             for each in conversations_of(client, "ada"):
-                assert each["message_count"] == len(whole_history(client, each["id"])) == 2_000
+                assert each["message_count"] == len(whole_history(client, each["id"])) == 1_200
             done = command(service, "import", str(file))
             assert done.returncode == 0, done.stderr
             assert json.dumps(everything(client, "ada")) == json.dumps(before)
 
 
-CONVERSATION = {
+CONVERSATION: dict[str, Any] = {
     "type": "conversation",
     "id": "c",
     "user_id": "ada",
@@ -258,11 +254,22 @@ def message(**changes: Any) -> Any:
     return {"type": "message", "message": {**MESSAGE, **changes}}
 
 
+@contextlib.asynccontextmanager
+async def without_http(service: Service) -> AsyncIterator[ConversationStore]:
+    """The service module itself, because each command takes some seconds to start."""
+    database = Database(Settings(mongodb_url=service.database_url))
+    await database.open()
+    try:
+        yield ConversationStore(database, Settings())
+    finally:
+        await database.close()
+
+
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ([], "no export"),
-        ([{"type": "export", "version": 2}], "no export"),
+        ([], "not an export"),
+        ([{"type": "export", "version": 2}], "not an export"),
         ([HEAD, CONVERSATION, message()], "cut short"),
         ([HEAD, CONVERSATION, message(), {**END, "conversations": 2}], "cut short"),
         ([HEAD, CONVERSATION, END], "message_count"),
@@ -270,38 +277,45 @@ def message(**changes: Any) -> Any:
         ([HEAD, CONVERSATION, message(seq=2), END], "seq"),
         ([HEAD, CONVERSATION, message(seq=True), END], "seq"),
         ([HEAD, CONVERSATION, message(role="robot"), END], "role"),
-        ([HEAD, CONVERSATION, message(id="a/b"), END], "id"),
+        ([HEAD, CONVERSATION, message(id="a\n"), END], "id"),
         ([HEAD, CONVERSATION, message(id=None), END], "id"),
         ([HEAD, CONVERSATION, message(user_id="bob"), END], "another user"),
         ([HEAD, CONVERSATION, message(created_at="soon"), END], "created_at"),
-        ([HEAD, CONVERSATION, message(created_at="2026-01-01T00:00:00"), END], "zone"),
-        ([HEAD, CONVERSATION, message(created_at="1969-12-31T23:59:59Z"), END], "created_at"),
         ([HEAD, {**CONVERSATION, "updated_at": "9999-01-01T00:00:00Z"}, message(), END], "updated_at"),
-        ([HEAD, {**CONVERSATION, "created_at": "1969-01-01T00:00:00Z"}, message(), END], "created_at"),
         ([HEAD, {**CONVERSATION, "last_seq": 2**53 + 1}, message(), END], "last_seq"),
         ([HEAD, {**CONVERSATION, "last_seq": 2**63 - 1}, message(), END], "last_seq"),
         ([HEAD, {**CONVERSATION, "metadata": {"." * 255: 1}}, message(), END], "dots"),
         ([HEAD, CONVERSATION, message(x={"." * 255: 1}), END], "dots"),
-        ([HEAD, {**CONVERSATION, "id": "a/b"}, message(), END], "id"),
+        ([HEAD, {**CONVERSATION, "id": "a\n"}, message(), END], "id"),
         ([HEAD, {**CONVERSATION, "user_id": ""}, message(), END], "user_id"),
         ([HEAD, {**CONVERSATION, "more": 1}, message(), END], "more"),
         ([HEAD, [], END], "line 2"),
     ],
 )
-def test_what_is_no_whole_export_is_refused_with_its_line(
-    service: Service, client: httpx.Client, tmp_path: Path, lines: list[Any], says: str
+async def test_what_is_no_whole_export_is_refused_with_its_line(
+    service: Service, tmp_path: Path, lines: list[Any], says: str
 ) -> None:
     conversation = new_id()
     file = tmp_path / "bad.ndjson"
     text = "".join(json.dumps(each).replace('"c"', f'"{conversation}"') + "\n" for each in lines)
     file.write_text(text)
+    async with without_http(service) as store:
+        with pytest.raises(ChatHistoryError) as refused:
+            await import_file(UserData(store, TenantScope()), file, ImportCounts())
+        assert says in refused.value.detail
+        assert f"{file}, line " in refused.value.detail
+        if "cut short" not in says:
+            with pytest.raises(ConversationNotFound):
+                await ChatService(store, TenantScope()).get_conversation(conversation)
+
+
+def test_the_command_says_what_is_no_export_and_fails(service: Service, tmp_path: Path) -> None:
+    file = tmp_path / "bad.ndjson"
+    file.write_text("")
     done = command(service, "import", str(file))
     assert done.returncode == 1
-    assert says in done.stderr
-    assert "line " in done.stderr
+    assert f"{file}, line 1: The file is not an export" in done.stderr
     assert "Traceback" not in done.stderr
-    if "cut short" not in says:
-        assert client.get(f"/conversations/{conversation}").status_code == 404
 
 
 @pytest.mark.parametrize(
@@ -319,7 +333,7 @@ def test_what_is_no_whole_export_is_refused_with_its_line(
         ({"message_count": 0}, [], "2026-01-01T00:00:00.000Z"),
     ],
 )
-def test_an_imported_conversation_is_never_older_than_its_messages(
+async def test_an_imported_conversation_is_never_older_than_its_messages(
     service: Service, tmp_path: Path, conversation: Any, messages: list[Any], updated_at: str
 ) -> None:
     """`since` trusts `updated_at`, and would hide a message that is newer."""
@@ -327,9 +341,9 @@ def test_an_imported_conversation_is_never_older_than_its_messages(
     end = {**END, "messages": len(messages)}
     lines = [HEAD, {**CONVERSATION, **conversation}, *(message(**each) for each in messages), end]
     file.write_text("".join(json.dumps(each).replace('"c"', f'"{name}"') + "\n" for each in lines))
-    for _ in range(2):
-        done = command(service, "import", str(file))
-        assert done.returncode == 0, done.stderr
+    async with without_http(service) as store:
+        for _ in range(2):
+            await import_file(UserData(store, TenantScope()), file, ImportCounts())
     with service.client() as client:
         assert client.get(f"/conversations/{name}").json()["updated_at"] == updated_at
         for stored in whole_history(client, name):
@@ -341,7 +355,7 @@ def test_an_imported_conversation_is_never_older_than_its_messages(
 class Busy(ChatService):
     """A service in which somebody appends whenever a conversation was read."""
 
-    async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> Conversation:
+    async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> ConversationRecord:
         found = await super().get_conversation(conversation_id, user_id)
         await self.add_message(conversation_id, {"role": "user", "content": "meanwhile"})
         return found
@@ -354,15 +368,10 @@ async def test_what_is_appended_while_an_export_reads_a_conversation_stays_out_o
     user = new_id("user")
     conversation = create(client, new_id(), user=user)
     append(client, conversation, *({"role": "user", "content": f"{n}"} for n in range(100)))
-    database = Database(Settings(mongodb_url=service.database_url))
-    await database.open()
-    lifecycle = Lifecycle(database, Busy(database, Settings()), Settings())
     lines: list[Any] = []
-    try:
-        async for part in lifecycle.export(user):
+    async with without_http(service) as store:
+        async for part in exporting.export(Busy(store, TenantScope()), user):
             lines += part
-    finally:
-        await database.close()
     about = next(each for each in lines if each["type"] == "conversation")
     assert sum(each["type"] == "message" for each in lines) == about["message_count"] == about["last_seq"]
 
@@ -370,7 +379,7 @@ async def test_what_is_appended_while_an_export_reads_a_conversation_stays_out_o
 def test_an_import_goes_into_a_tenant_that_can_be_one(service: Service, tmp_path: Path) -> None:
     file = tmp_path / "empty.ndjson"
     file.write_text("".join(json.dumps(each) + "\n" for each in (HEAD, {**END, "conversations": 0})))
-    for tenant in ("a/b", "/", "a b", "."):
+    for tenant in ("a\nb", "..", "x" * 1_501, "."):
         done = command(service, "import", "--tenant", tenant, str(file))
         assert (done.returncode, "no name for a tenant" in done.stderr) == (1, True), done.stderr
 
@@ -381,6 +390,10 @@ def test_an_import_goes_into_a_tenant_that_can_be_one(service: Service, tmp_path
 def test_an_expired_conversation_is_removed_whole_and_others_stay(tmp_path: Path) -> None:
     past, future = "2020-01-01T00:00:00Z", "2100-01-01T00:00:00Z"
     with running(tmp_path) as service, service.client() as client:
+        # The service's first sweep is over, and the next one comes in a minute.
+        while "due_times_filled_in" not in service.output():
+            time.sleep(0.05)
+        time.sleep(0.5)
         made = {}
         for name, expires_at in (("past", past), ("future", future), ("none", None)):
             body = {"user_id": "ada", "id": name, "expires_at": expires_at}
@@ -399,7 +412,7 @@ def test_an_expired_conversation_is_removed_whole_and_others_stay(tmp_path: Path
         assert client.patch("/conversations/none", json={"expires_at": past}).json()["expires_at"]
         assert "expires_at" not in client.patch("/conversations/none", json={"expires_at": None}).json()
         assert command(service, "expire").stdout.startswith("0 conversations")
-        for bad in (7, "soon", "2020-01-01T00:00:00"):
+        for bad in (7, "7", "4102444800.0", "soon", "2020-01-01T00:00:00"):
             response = client.patch("/conversations/none", json={"expires_at": bad})
             assert response.status_code == 422
             assert response.json()["errors"][0]["path"] == "$.expires_at"
@@ -408,29 +421,28 @@ def test_an_expired_conversation_is_removed_whole_and_others_stay(tmp_path: Path
 def test_what_had_no_activity_for_too_long_is_removed_by_the_service_by_tenant(tmp_path: Path) -> None:
     settings = {"retention_days": 30, "retention_days_by_tenant": '{"acme": 10, "keeps": 3650}'}
     now = datetime.now(UTC)
-    with running(tmp_path, **settings) as service:
-        with MongoClient[dict[str, Any]](service.database_url) as operator:
-            about = {
-                "title": None,
-                "metadata": {},
-                "exact_metadata": None,
-                "created_at": now - timedelta(days=400),
+    # The settings are new, and the conversations were stored by an earlier version.
+    with running(tmp_path) as service, MongoClient[dict[str, Any]](service.database_url) as operator:
+        about: dict[str, Any] = {
+            "title": None,
+            "metadata": {},
+            "exact_metadata": None,
+            "created_at": now - timedelta(days=400),
+        }
+        operator.get_default_database().conversations.insert_many(
+            {
+                "_id": f"{tenant}{days}-{n}",
+                "user_id": f"{tenant}ada",
+                "updated_at": now - timedelta(days=days),
+                "last_seq": 0,
+                "message_count": 0,
+                **about,
             }
-            operator.get_default_database().conversations.insert_many(
-                {
-                    "_id": f"{tenant}{days}-{n}",
-                    "user_id": f"{tenant}ada",
-                    "updated_at": now - timedelta(days=days),
-                    "last_seq": 0,
-                    "message_count": 0,
-                    **about,
-                }
-                for tenant in ("", "acme/", "keeps/")
-                for days in (5, 20, 40, 300)
-                for n in range(60)
-            )
-        service.stop()
-        service.start()
+            for tenant in ("", "acme/", "keeps/")
+            for days in (5, 20, 40, 300)
+            for n in range(60)
+        )
+    with running(tmp_path, **settings) as service:
         with MongoClient[dict[str, Any]](service.database_url) as operator:
             conversations = operator.get_default_database().conversations
             deadline = time.monotonic() + 60

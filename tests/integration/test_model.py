@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,7 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
             self.talks: dict[str, Talk] = {}
             self.activity: list[str] = []
             self.count = 0
+            self.acted: set[int] = set()  # on which conversations the latest step acted
 
         # -- what callers do ---------------------------------------------------------------------------
 
@@ -48,6 +50,7 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
         def create(self, number: int, owner: int) -> None:
             conversation, user = self.ids[number], self.users[owner]
             self.count += 1
+            self.acted.add(number)
             body = {"id": conversation, "user_id": user, "title": f"t{self.count}"}
             response = client.post("/conversations", json=body)
             talk = self.talks.get(conversation)
@@ -61,7 +64,7 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
         @rule(number=numbers, size=sizes, keyed=st.booleans(), named=st.booleans())
         def append(self, number: int, size: int, keyed: bool, named: bool) -> None:
             self.count += 1
-            batch = [
+            batch: list[dict[str, Any]] = [
                 {"role": ROLES[(self.count + part) % 3], "content": f"{self.count}/{part}", "n": [part, {}]}
                 for part in range(size)
             ]
@@ -83,6 +86,117 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
             if keyed or named:
                 talk.appended[key or batch[0]["id"]] = (batch, seqs)
             self.touch(self.ids[number])
+
+        @rule(number=numbers, owner=st.integers(0, 1))
+        def append_or_create(self, number: int, owner: int) -> None:
+            conversation, user = self.ids[number], self.users[owner]
+            self.count += 1
+            self.acted.add(number)
+            message = {"id": f"first-{self.count}", "role": "user", "content": f"{self.count}"}
+            body = {"conversation": {"user_id": user, "title": f"t{self.count}"}, "messages": [message]}
+            for status in (201, 200):  # the second is a replay
+                response = client.post(f"/conversations/{conversation}/messages", json=body)
+                talk = self.talks.get(conversation)
+                if talk is not None and talk.user != user:
+                    assert response.status_code == 409
+                    return
+                assert response.status_code == status
+                if talk is None:
+                    talk = self.talks[conversation] = Talk(user, f"t{self.count}")
+                (stored,) = response.json()["data"]
+                talk.last_seq = max(talk.last_seq, stored["seq"])
+                assert stored["seq"] == talk.last_seq
+                talk.messages[stored["seq"]] = stored
+            self.touch(conversation)
+
+        @rule(number=numbers, behind=st.integers(0, 3), by_version=st.booleans())
+        def append_if(self, number: int, behind: int, by_version: bool) -> None:
+            """Append on the condition that nothing is behind a seq, or that the version is one of before."""
+            conversation, talk = self.ids[number], self.talks.get(self.ids[number])
+            self.count += 1
+            self.acted.add(number)
+            expected = max(0, talk.last_seq - behind) if talk else 0
+            options: dict[str, Any] = {"params": {"expected_last_seq": expected}}
+            holds = talk is not None and (
+                expected == talk.last_seq or not any(seq > expected for seq in talk.messages)
+            )
+            if by_version and talk is not None:
+                version = client.get(f"/conversations/{conversation}").json()["version"]
+                options = {"headers": {"If-Match": f'"{max(0, version - behind)}"'}}
+                holds = behind == 0 or version == 0
+            message = {"role": "user", "content": f"if {self.count}"}
+            response = client.post(f"/conversations/{conversation}/messages", json=message, **options)
+            if talk is None:
+                assert response.status_code == 404
+            elif holds:
+                assert response.status_code == 201
+                talk.last_seq += 1
+                assert response.json()["seq"] == talk.last_seq
+                talk.messages[talk.last_seq] = response.json()
+                self.touch(conversation)
+            else:
+                assert response.status_code == 409
+                said = response.json()
+                assert said["last_seq"] == talk.last_seq
+                if not by_version:
+                    missed = [talk.messages[seq] for seq in sorted(talk.messages) if seq > expected]
+                    assert said["missed"] == missed
+
+        @precondition(lambda self: any(talk.messages for talk in self.talks.values()))
+        @rule(data=st.data(), same=st.booleans())
+        def replace_one(self, data: st.DataObject, same: bool) -> None:
+            conversation = data.draw(st.sampled_from([c for c, t in self.talks.items() if t.messages]))
+            talk = self.talks[conversation]
+            self.count += 1
+            self.acted.add(self.ids.index(conversation))
+            seq = data.draw(st.sampled_from(sorted(talk.messages)))
+            before = talk.messages[seq]
+            new = sent(before) if same else {"role": "tool", "content": f"replaced {self.count}"}
+            path = f"/conversations/{conversation}/messages/{before['id']}"
+            response = client.put(path, json=new)
+            assert response.status_code == 200
+            stored = response.json()
+            self.compare_replaced(before, stored, new)
+            talk.messages[seq] = stored
+            talk.appended = {}  # what was appended so is not what is stored any more
+
+        @rule(number=numbers, kept=st.integers(0, 6), changed=st.booleans(), added=st.integers(0, 3))
+        def put_list(self, number: int, kept: int, changed: bool, added: int) -> None:
+            """Make the history its first messages, of which the last may be changed, and new ones."""
+            conversation, talk = self.ids[number], self.talks.get(self.ids[number])
+            self.count += 1
+            self.acted.add(number)
+            before = [talk.messages[seq] for seq in sorted(talk.messages)][:kept] if talk else []
+            new = [{"id": each["id"], **sent(each)} for each in before]
+            if new and changed:
+                new[-1] = {"id": new[-1]["id"], "role": "user", "content": f"put {self.count}"}
+            new += [{"id": f"put-{self.count}-{part}", "role": "assistant"} for part in range(added)]
+            response = client.put(f"/conversations/{conversation}/messages", json={"messages": new})
+            if talk is None:
+                assert response.status_code == 404
+                return
+            assert response.status_code == 200
+            stored = response.json()["data"]
+            assert [each["id"] for each in stored] == [each["id"] for each in new]
+            assert [each["seq"] for each in stored[len(before) :]] == [
+                talk.last_seq + part + 1 for part in range(added)
+            ]
+            for old, now, wanted in zip(before, stored, new, strict=False):
+                self.compare_replaced(old, now, sent(wanted))
+            talk.last_seq += added
+            talk.messages = {each["seq"]: each for each in stored}
+            talk.appended = {}
+            if added:
+                self.touch(conversation)
+
+        def compare_replaced(self, before: Any, stored: Any, new: Any) -> None:
+            assert sent(stored) == new
+            for name in ("id", "seq", "created_at"):
+                assert stored[name] == before[name]
+            if sent(before) == new:
+                assert stored == before
+            else:
+                assert stored["revision"] == before.get("revision", 0) + 1
 
         @precondition(lambda self: any(talk.appended for talk in self.talks.values()))
         @rule(data=st.data(), changed=st.booleans())
@@ -118,6 +232,7 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
         def delete_one(self, data: st.DataObject) -> None:
             conversation = data.draw(st.sampled_from([c for c, t in self.talks.items() if t.messages]))
             talk = self.talks[conversation]
+            self.acted.add(self.ids.index(conversation))
             seq = data.draw(st.sampled_from(sorted(talk.messages)))
             path = f"/conversations/{conversation}/messages/{talk.messages[seq]['id']}"
             assert client.delete(path).status_code == 204
@@ -126,8 +241,9 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
             self.touch(conversation)
 
         @rule(number=numbers, after=st.integers(0, 12))
-        def cut_off(self, number: int, after: int) -> None:
+        def delete_messages(self, number: int, after: int) -> None:
             conversation = self.ids[number]
+            self.acted.add(number)
             response = client.delete(f"/conversations/{conversation}/messages", params={"after": after})
             talk = self.talks.get(conversation)
             assert response.status_code == (404 if talk is None else 204)
@@ -138,6 +254,7 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
         @rule(number=numbers)
         def pop(self, number: int) -> None:
             conversation = self.ids[number]
+            self.acted.add(number)
             response = client.post(f"/conversations/{conversation}/pop")
             talk = self.talks.get(conversation)
             if talk is None or not talk.messages:
@@ -149,6 +266,7 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
         @rule(number=numbers)
         def delete(self, number: int) -> None:
             conversation = self.ids[number]
+            self.acted.add(number)
             response = client.delete(f"/conversations/{conversation}")
             assert response.status_code == (204 if conversation in self.talks else 404)
             self.talks.pop(conversation, None)
@@ -197,7 +315,21 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
 
         @invariant()
         def the_service_and_the_model_agree(self) -> None:
-            for number, conversation in enumerate(self.ids):
+            """Compare the conversations that the step acted on, and at the end (`teardown`) all of them."""
+            if self.acted:
+                self.compare(self.acted)
+                self.compare_lists()
+                self.acted = set()
+
+        def teardown(self) -> None:
+            self.compare(range(len(self.ids)))
+            self.compare_lists()
+
+        # -- helpers -----------------------------------------------------------------------------------
+
+        def compare(self, numbers: Iterable[int]) -> None:
+            for number in numbers:
+                conversation = self.ids[number]
                 response = client.get(f"/conversations/{conversation}")
                 talk = self.talks.get(conversation)
                 assert response.status_code == (404 if talk is None else 200), number
@@ -210,18 +342,17 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
                     times = [each["created_at"] for each in history["data"]]
                     assert times == sorted(times)
 
-        @invariant()
-        def the_lists_are_by_latest_activity(self) -> None:
+        def compare_lists(self) -> None:
+            """The lists are by latest activity."""
             for user in self.users:
                 listed = client.get("/conversations", params={"user_id": user}).json()["data"]
                 theirs = {c for c in self.activity if self.talks[c].user == user}
                 assert {each["id"] for each in listed} == theirs
-                order = [(each["updated_at"], each["id"]) for each in listed]
+                order = [(each["active_at"], each["id"]) for each in listed]
                 assert [time for time, _ in order] == sorted((time for time, _ in order), reverse=True)
 
-        # -- helpers -----------------------------------------------------------------------------------
-
         def post(self, number: int, batch: list[Any], key: str | None) -> httpx.Response:
+            self.acted.add(number)
             headers = {"Idempotency-Key": key} if key else {}
             path = f"/conversations/{self.ids[number]}/messages"
             return client.post(path, json={"messages": batch}, headers=headers)

@@ -16,7 +16,9 @@ import pytest
 from service.chat_service import ChatService
 from service.database import Database
 from service.errors import ChatHistoryError
+from service.history.store import ConversationStore
 from service.settings import Settings
+from service.tenancy import TenantScope
 from tests.harness import Service, create, new_id, running
 from tests.mongo_proxy import MongoProxy, mongo_proxied
 
@@ -132,7 +134,7 @@ def test_an_error_with_a_label_that_says_again_is_a_503_whatever_its_code(
 ) -> None:
     conversation = create(called, new_id())
     path = f"/conversations/{conversation}/messages"
-    for command in ("update", "commitTransaction"):
+    for command in ("findAndModify", "commitTransaction"):
         mongo.forget()
         # The driver itself repeats a commit with such a label without a pause, until its deadline.
         mongo.fail(command, 12_345, "Odd", labels=[label], times=1_000_000)
@@ -166,7 +168,11 @@ async def opened(service: Service) -> AsyncIterator[tuple[MongoProxy, Database, 
         )
         database = Database(settings)
         await database.open()
-        chat = ChatService(database, settings)
+        for _ in range(100):  # its time limits are short, so on a busy machine a first attempt may fail
+            if await database.is_ready():
+                break
+            await asyncio.sleep(0.1)
+        chat = ChatService(ConversationStore(database, settings), TenantScope())
         await chat.get_or_create_conversation("ada", "c")
         yield proxy, database, chat
         proxy.forget()
@@ -200,13 +206,13 @@ async def test_an_outage_leaves_nothing_that_grows_with_it(opened: Any) -> None:
         last = await outage(200)
     tracemalloc.stop()
     assert last - first < 500_000
-    assert len(database._tasks) < 5
+    assert len(database._transactions._background) < 5
     # What was cancelled before a thread took it up is known to have sent nothing once its time is over.
     for _ in range(200):
-        if len(database._lost_sessions) < 20:
+        if len(database._transactions._lost_sessions) < 20:
             break
         await asyncio.sleep(0.1)
-    assert len(database._lost_sessions) < 20
+    assert len(database._transactions._lost_sessions) < 20
     proxy.up()
     for _ in range(100):
         if await database.is_ready():
@@ -227,10 +233,10 @@ async def lose(proxy: MongoProxy, chat: ChatService, times: int = 1) -> None:
 
 async def none_is_lost(database: Database) -> None:
     for _ in range(200):
-        if not database._lost_sessions:
+        if not database._transactions._lost_sessions:
             return
         await asyncio.sleep(0.1)
-    raise AssertionError(database._lost_sessions)
+    raise AssertionError(database._transactions._lost_sessions)
 
 
 @pytest.mark.parametrize("code", [13, 59, 115, 8000])
@@ -239,12 +245,12 @@ async def test_a_refusal_to_kill_sessions_is_an_answer_and_logged_once(
 ) -> None:
     proxy, database, chat = opened
     log = MagicMock()
-    monkeypatch.setattr("service.database.log", log)
+    monkeypatch.setattr("service.database.transactions.log", log)
     proxy.fail("killSessions", code, "No", times=1_000)
     await lose(proxy, chat, times=3)
     await asyncio.sleep(1.5)
     assert len(proxy.commands("killSessions")) == 1
-    assert not database._lost_sessions
+    assert not database._transactions._lost_sessions
     said = [call.args[0] for call in log.method_calls]
     assert said.count("sessions_not_killed") == 1
 
@@ -253,10 +259,10 @@ async def test_sessions_are_killed_at_a_growing_pace_while_a_node_is_away_and_th
     opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy, database, chat = opened
-    monkeypatch.setattr("service.database._SERVER_ENDS_S", 4.0)
+    monkeypatch.setattr("service.database.transactions._SERVER_ENDS_S", 4.0)
     proxy.fail("killSessions", 6, "HostUnreachable", times=1_000)
     await lose(proxy, chat)
-    assert database._lost_sessions
+    assert database._transactions._lost_sessions
     await none_is_lost(database)
     assert 2 <= len(proxy.commands("killSessions")) <= 7  # at a constant pace of 0.1 s it would be 40
 
@@ -272,13 +278,13 @@ async def test_the_list_of_lost_sessions_is_bounded_and_loses_the_oldest(
     opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proxy, database, chat = opened
-    monkeypatch.setattr("service.database._LOST_MOST", 2)
+    monkeypatch.setattr("service.database.transactions._LOST_MAX", 2)
     proxy.fail("killSessions", 6, "HostUnreachable", times=1_000)
     await lose(proxy, chat)
-    (oldest,) = database._lost_sessions
+    (oldest,) = database._transactions._lost_sessions
     await lose(proxy, chat, times=2)
-    assert len(database._lost_sessions) == 2
-    assert oldest not in database._lost_sessions
+    assert len(database._transactions._lost_sessions) == 2
+    assert oldest not in database._transactions._lost_sessions
 
 
 # -- opening and closing ---------------------------------------------------------------------------------
@@ -317,18 +323,6 @@ def test_a_url_that_is_none_ends_the_start_and_its_password_is_not_quoted(tmp_pa
     assert "CHAT_MONGODB_URL" in refused.output()
     assert "word" not in refused.output()
     assert "Traceback" not in refused.output()
-
-
-def test_an_error_that_will_pass_does_not_end_the_start(service: Service, tmp_path: Path) -> None:
-    with mongo_proxied(service.database_url, new_id("passing")) as proxy:
-        passing = [
-            proxy.fail("createIndexes", *each)
-            for each in ((117, "Conflict"), (276, "Aborted"), (13388, "Stale"))
-        ]
-        with running(tmp_path, mongodb_url=proxy.url) as started:
-            assert all(each.done for each in passing)
-            assert '"code":276' in started.output()
-        proxy.engine.drop_database(proxy.database)
 
 
 def test_sigterm_while_the_database_is_away_ends_the_service_soon(service: Service, tmp_path: Path) -> None:

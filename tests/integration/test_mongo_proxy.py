@@ -27,7 +27,7 @@ def proxy(service: Service) -> Iterator[MongoProxy]:
 @pytest.fixture
 def there(proxy: MongoProxy) -> Iterator[Any]:
     """A collection as the service would use it."""
-    with pymongo.MongoClient(proxy.url, w="majority", readConcernLevel="majority") as client:
+    with pymongo.MongoClient[dict[str, Any]](proxy.url, w="majority", readConcernLevel="majority") as client:
         things = client[proxy.database]["things"]
         things.insert_one({"_id": 1, "n": 0})
         yield things

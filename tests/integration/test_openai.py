@@ -60,14 +60,18 @@ async def test_the_asynchronous_client_does_the_same(service: Service) -> None:
     async with AsyncOpenAI(base_url=service.url + "/v1", api_key="none") as ai:
         made = await ai.conversations.create()
         await ai.conversations.items.create(made.id, items=[user_says(f"{n}") for n in range(45)])
-        texts = [item.content[0].text async for item in ai.conversations.items.list(made.id, order="asc")]
+        texts = [
+            item.model_dump()["content"][0]["text"]
+            async for item in ai.conversations.items.list(made.id, order="asc")
+        ]
         assert texts == [f"{n}" for n in range(45)]
 
 
 def test_metadata_is_at_most_16_pairs_of_short_strings(ai: OpenAI, client: httpx.Client) -> None:
     good = {"k" * 64: "v" * 512, **{f"{n}": "" for n in range(15)}}
     assert ai.conversations.create(metadata=good).metadata == good
-    for bad in ({**good, "one": "more"}, {"k" * 65: "v"}, {"k": "v" * 513}, {"k": 1}, [], "x"):
+    wrong: list[Any] = [{**good, "one": "more"}, {"k" * 65: "v"}, {"k": "v" * 513}, {"k": 1}, [], "x"]
+    for bad in wrong:
         response = client.post("/v1/conversations", json={"metadata": bad})
         assert response.status_code == 400
         error = response.json()["error"]
@@ -86,7 +90,7 @@ def test_the_owner_is_the_header_or_the_metadatas_user_or_the_default(client: ht
     assert owner() == "default"
     assert owner(metadata={"user": bob}) == bob
     assert owner(ada, metadata={"user": bob}) == ada
-    response = client.post("/v1/conversations", json={"metadata": {"user": "no id"}})
+    response = client.post("/v1/conversations", json={"metadata": {"user": "no\nid"}})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "metadata.user")
 
 
@@ -95,7 +99,7 @@ def test_with_the_header_somebody_elses_conversation_is_none(client: httpx.Clien
     made = client.post("/v1/conversations", json={}, headers={"X-User-Id": ada}).json()["id"]
     item = client.post(f"/v1/conversations/{made}/items", json={"items": [user_says("x")]}).json()["last_id"]
     path = f"/v1/conversations/{made}"
-    calls = [
+    calls: list[tuple[str, str, Any]] = [
         ("GET", path, None),
         ("POST", path, {"metadata": {}}),
         ("POST", f"{path}/items", {"items": [user_says("x")]}),
@@ -150,8 +154,8 @@ def test_text_becomes_parts_and_ids_and_status_are_filled_in(ai: OpenAI) -> None
     for item, role in zip(found[:3], ("user", "system", "developer"), strict=True):
         assert item.pop("id").startswith("msg_")
         text = {"user": "a", "system": "b", "developer": "c"}[role]
-        part = {"type": "input_text", "text": text}
-        assert item == {"type": "message", "role": role, "content": [part], "status": "completed"}
+        said = {"type": "input_text", "text": text}
+        assert item == {"type": "message", "role": role, "content": [said], "status": "completed"}
     part = {"type": "output_text", "text": "d", "annotations": [], "logprobs": []}
     assert found[3]["content"] == [part]
     assert found[4] == {**items[4], "id": found[4]["id"], "status": "completed"}
@@ -274,7 +278,13 @@ def test_a_thousand_items_go_in_at_once_and_come_out_in_order(ai: OpenAI, client
 
 def test_a_page_says_the_truth_about_what_follows(client: httpx.Client) -> None:
     conversation = client.post("/v1/conversations", json={}).json()["id"]
-    empty = {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
+    empty: dict[str, Any] = {
+        "object": "list",
+        "data": [],
+        "first_id": None,
+        "last_id": None,
+        "has_more": False,
+    }
     assert raw(client, conversation) == empty
     items = [user_says(f"{n}", id=f"m{n}") for n in range(20)]
     client.post(f"/v1/conversations/{conversation}/items", json={"items": items})
@@ -317,7 +327,8 @@ WRONG_ITEMS: list[tuple[Any, str]] = [
     ({"type": "message"}, "items[0].role"),
     ({"role": ["user"]}, "items[0].role"),
     ({"role": "user", "content": 7}, "items[0].content"),
-    ({"type": "x", "id": "a b"}, "items[0].id"),
+    ({"type": "x", "id": "a\n"}, "items[0].id"),
+    ({"type": "x", "id": "a,,1"}, "items[0].id"),
     ({"type": "x", "id": 7}, "items[0].id"),
     ({"type": "x", "n": 2**63}, "items[0].n"),
     ("text", "items[0]"),
@@ -354,7 +365,7 @@ def test_other_bad_requests_have_openais_shape_too(client: httpx.Client) -> None
         (client.get(path + "/items/%00"), 404),
         (client.get(path + "/items/" + "x" * 200), 404),
         (client.get(path, params={"x": "y"}), 400),
-        (client.get(path, headers={"X-User-Id": "a b"}), 400),
+        (client.get(path, headers={"X-User-Id": "100%"}), 400),
         (
             client.post(
                 path + "/items", json={"items": [user_says("x")]}, headers={"Idempotency-Key": "a b"}
@@ -400,8 +411,8 @@ def test_native_messages_read_as_items(client: httpx.Client, ai: OpenAI) -> None
     assert items == [
         {"id": "m1", "type": "message", "role": "user", "content": [asked], "status": "completed"},
         {"id": "m2", "type": "message", "role": "assistant", "content": [output], "status": "completed"},
-        {"id": "m2,1", **call},
-        {"id": "m2,2", **call, "call_id": "call_2"},
+        {"id": "m2,,1", **call},
+        {"id": "m2,,2", **call, "call_id": "call_2"},
         {
             "id": "m3",
             "type": "function_call_output",
@@ -484,9 +495,9 @@ def test_a_part_of_a_native_message_is_not_deleted_alone(client: httpx.Client) -
     stored = append(
         client, conversation, {"role": "assistant", "content": "x", "tool_calls": [CALL], "id": "m"}
     )
-    for item in ("m", "m,1"):
+    for item in ("m", "m,,1"):
         response = client.delete(f"/v1/conversations/{conversation}/items/{item}")
         assert response.status_code == 400
         assert "part of a message" in response.json()["error"]["message"]
-    assert client.delete(f"/v1/conversations/{conversation}/items/m,2").status_code == 404
+    assert client.delete(f"/v1/conversations/{conversation}/items/m,,2").status_code == 404
     assert whole_history(client, conversation) == stored

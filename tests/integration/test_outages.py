@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import httpx
+import pytest
 
-from tests.harness import Service, append, create, whole_history
+from tests.harness import Service, append, command, create, free_port, whole_history
 
 
 def assert_honest(response: httpx.Response) -> None:
@@ -50,3 +51,15 @@ def test_a_service_without_a_database_starts_and_becomes_ready_when_it_comes(tmp
     finally:
         service.kill()
         engine.stop()
+
+
+@pytest.mark.parametrize("arguments", [("create", "test", "--scope", "read"), ("list",), ("revoke", "abc")])
+def test_a_command_on_keys_says_in_a_sentence_that_the_database_is_away(
+    service: Service, arguments: tuple[str, ...]
+) -> None:
+    away = f"mongodb://127.0.0.1:{free_port()}/chat_history?replicaSet=rs0"
+    limits = {"CHAT_DATABASE_TIMEOUT_MS": "1000", "CHAT_SERVER_SELECTION_TIMEOUT_MS": "300"}
+    done = command(service, "keys", *arguments, CHAT_MONGODB_URL=away, **limits)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("chat-history: The service has not reached the database yet. Try again.\n")
+    assert "Traceback" not in done.stderr

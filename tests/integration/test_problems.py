@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import socket
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.harness import append, new_id, running, whole_history
+from tests.harness import Service, append, new_id, running, whole_history
 
 HEAD = "Host: localhost\r\nContent-Type: application/json\r\n"
 JSON = {"content-type": "application/json"}
@@ -35,9 +37,9 @@ def post(client: httpx.Client, conversation: str, content: bytes, **headers: str
 
 
 MALFORMED: list[tuple[bytes, str]] = [
-    (b"", "Expecting value at line 1, column 1."),
+    (b"", "The body is not JSON at line 1, column 1: Expecting value."),
     (b"{", "line 1"),
-    (b'{"role": "user"} x', "Extra data at line 1, column 18."),
+    (b'{"role": "user"} x', "The body is not JSON at line 1, column 18: Extra data."),
     (b"\xef\xbb\xbf{}", "byte order mark"),
     (b'{"role": "user", "content": "\xff"}', "not UTF-8 at byte 29"),
     ('{"role": "user"}'.encode("utf-16"), "not UTF-8"),
@@ -69,10 +71,10 @@ INVALID: list[tuple[Any, str]] = [
     ({"role": "user", "user_id": "x"}, "$.user_id"),
     ({"role": "user", "created_at": "2026-01-01T00:00:00Z"}, "$.created_at"),
     ({"role": "user", "_id": 1}, "$._id"),
-    ({"role": "user", "id": "a b"}, "$.id"),
+    ({"role": "user", "id": "a\x7f"}, "$.id"),
     ({"role": "user", "id": ".."}, "$.id"),
     ({"role": "user", "id": ""}, "$.id"),
-    ({"role": "user", "id": "x" * 129}, "$.id"),
+    ({"role": "user", "id": "x" * 1_501}, "$.id"),
     ({"role": "user", "id": 7}, "$.id"),
     ({"role": "user", "id": None}, "$.id"),
     ([], "$"),
@@ -113,7 +115,7 @@ def test_every_fault_of_a_batch_is_named_and_none_of_it_is_stored(
     [
         ({}, "$.user_id"),
         ({"user_id": ""}, "$.user_id"),
-        ({"user_id": "a/b"}, "$.user_id"),
+        ({"user_id": "a\n"}, "$.user_id"),
         ({"user_id": {"$ne": None}}, "$.user_id"),
         ({"user_id": "ada", "id": "."}, "$.id"),
         ({"user_id": "ada", "title": 5}, "$.title"),
@@ -149,7 +151,9 @@ def test_a_conversation_that_breaks_a_rule_is_a_422(client: httpx.Client, body: 
         ("role=robot", "query.role"),
         ("since=yesterday", "query.since"),
         ("since=2026-01-01T00:00:00", "query.since"),
-        ("user_id=a%20b", "query.user_id"),
+        ("since=1767225600", "query.since"),
+        ("until=0.5", "query.until"),
+        ("user_id=a%0Ab", "query.user_id"),
         ("user_id=", "query.user_id"),
         ("user_id[$ne]=ada", "query.user_id[$ne]"),
         ("$where=1", "query.$where"),
@@ -164,11 +168,33 @@ def test_a_query_that_breaks_a_rule_is_a_422(
     assert [each["path"] for each in answer["errors"]] == [path]
 
 
-@pytest.mark.parametrize("bad", ["a b", "x" * 129, "%00", "é", "$where", "a%2Fb", "%2e%2e", "a%5cb"])
-def test_an_id_of_the_wrong_form_finds_nothing(client: httpx.Client, bad: str) -> None:
-    response = client.get(f"/conversations/{bad}")
-    assert response.status_code in {404, 422}
+@pytest.mark.parametrize(
+    ("word", "status"),
+    [
+        *((each, 404) for each in ("a b", "x" * 1_500, "é", "$where", "a%2Fb", "a%5cb", "%2e%2e%2e", "a+b")),
+        *((each, 422) for each in ("x" * 1_501, "%00", "%7F", "%C2%80", "%2e%2e", "%2E", "a%0a")),
+    ],
+)
+def test_an_id_of_the_wrong_form_is_a_422_and_another_finds_nothing(
+    client: httpx.Client, word: str, status: int
+) -> None:
+    response = client.get(f"/conversations/{word}")
+    assert response.status_code == status
     assert response.headers["content-type"] == "application/problem+json"
+    assert client.get(f"/v1/conversations/{word}").status_code == 404
+
+
+@pytest.mark.parametrize("wrong", ["100%", "%zz", "%FF", "%C3", "%ED%A0%80", "a%2", "%C0%AF"])
+def test_what_is_not_percent_encoded_utf_8_is_a_400(service: Service, wrong: str) -> None:
+    """Else it would name the id with a replacement character, or the one with a percent sign."""
+    with contextlib.closing(HTTPConnection("127.0.0.1", service.port, timeout=60)) as http:
+        for path in ("/conversations/", "/conversations/c?user_id=", "/health/live?", "/v1/conversations/"):
+            http.request("GET", path + wrong)  # as it is: httpx would encode it
+            answer = http.getresponse()
+            body = json.loads(answer.read())
+            assert answer.status == 400, path
+            kind = body["error"]["code"] if path.startswith("/v1") else body["type"]
+            assert kind in {"malformed_url", "urn:chat-history:problem:malformed-url"}, body
 
 
 @pytest.mark.parametrize(
@@ -240,9 +266,10 @@ def test_a_body_that_takes_too_long_is_a_408(tmp_path: Path) -> None:
 
 
 def test_what_the_framework_answers_by_itself_is_a_problem_too(client: httpx.Client) -> None:
-    problem(client.get("/nowhere"), 404, "not-found")
+    detail = problem(client.get("/nowhere"), 404, "not-found")["detail"]
+    assert detail == "This service has no such path. `/openapi.json` has every path."
     response = client.put("/conversations")
-    problem(response, 405, "method-not-allowed")
+    assert "`Allow`" in problem(response, 405, "method-not-allowed")["detail"]
     assert set(response.headers["allow"].split(", ")) <= {"GET", "POST"}
     problem(client.get("/conversations/"), 404, "not-found")
 
@@ -272,7 +299,7 @@ def test_openapi_lists_every_answer_that_a_call_can_give(client: httpx.Client) -
             always = {"401", "403", "429", "500", "503"} | ({"400"} if openai else {"422"})
             assert always <= set(answers), (method, path)
             assert ("404" in answers) is ("{" in path or (openai and method == "get"))
-            has_body = method in {"post", "patch"} and path not in bodiless
+            has_body = method in {"post", "patch", "put"} and path not in bodiless
             assert ({"400", "408", "413", "415"} <= set(answers)) is has_body, (method, path)
             for status, answer in answers.items():
                 kinds = set(answer.get("content", {}))
@@ -280,6 +307,7 @@ def test_openapi_lists_every_answer_that_a_call_can_give(client: httpx.Client) -
                 assert "application/problem+json" not in kinds or status[0] in "45"
 
 
+@pytest.mark.embedded_engine("it reads the engine's log")
 def test_content_never_reaches_a_log_line(tmp_path: Path) -> None:
     secret = "s3cr3t-c0ntent"
     with running(tmp_path, log_level="debug") as service, service.client() as client:

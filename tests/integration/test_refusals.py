@@ -11,24 +11,26 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
+import bson
 import httpx
 import pytest
 from fastapi.exceptions import RequestValidationError
 from pymongo import MongoClient
 from starlette.datastructures import QueryParams
 
-from service import keys as keys_module
-from service import payloads
-from service.api import needs
+from service.access import api_keys as keys_module
+from service.api import dependencies
 from service.api.schemas import OwnerQuery
-from service.chat_service import ChatService
-from service.connections import PatientProtocol
 from service.database import Database
 from service.errors import InvalidRequest
-from service.lifecycle import Lifecycle
-from service.settings import Settings
+from service.formats import strict_json
+from service.history.store import ConversationStore
+from service.maintenance.sweep import expire
+from service.server.http_protocol import TimeoutHttpProtocol
+from service.settings import METADATA_BYTES_MAX, Settings
 from tests.harness import Service, append, create, history, new_id, whole_history
 
 JSON = {"content-type": "application/json"}
@@ -185,7 +187,7 @@ def test_a_query_is_looked_through_a_few_times() -> None:
         query_params = QueryParams(QUERIES["one of them twice"])
 
     Request.query_params._list = Counted(Request.query_params._list)
-    read = needs._reader(OwnerQuery, frozenset())
+    read = dependencies._reader(OwnerQuery, frozenset())
     with pytest.raises(RequestValidationError):
         read(Request()).send(None)  # type: ignore[arg-type]
     assert walks < 10
@@ -211,22 +213,49 @@ def test_a_call_that_takes_no_messages_reads_two_mebibytes(
     assert "2097152" in str(refused(response, 413))
     if not path.startswith("/v1"):
         body |= {"metadata": {"k": "x" * (2 * MIB - 200)}}
-        response = client.request(method, path, json=body)
-        assert response.status_code in {200, 201}
-        assert response.json()["metadata"] == body["metadata"]
+        (fault,) = refused(client.request(method, path, json=body), 422)["errors"]
+        assert fault["path"] == "$.metadata"
+
+
+@pytest.mark.parametrize("call", [SMALL["create"], SMALL["change"]], ids=["create", "change"])
+@pytest.mark.parametrize(
+    "around", [{}, {"$ref": "an object of which the embedded engine keeps a copy", "$id": 1}]
+)
+def test_new_metadata_has_64_kib_at_most(
+    client: httpx.Client, conversation: str, call: Any, around: dict[str, Any]
+) -> None:
+    method, path, body = call(conversation)
+    left = METADATA_BYTES_MAX - len(bson.encode({"k": "", **around}))
+    body["metadata"] = {"k": "x" * left, **around}
+    response = client.request(method, path, json=body)
+    assert response.status_code in {200, 201}
+    assert response.json()["metadata"] == body["metadata"]
+    body["metadata"]["k"] += "x"
+    answer = refused(client.request(method, path, json=body))
+    assert answer["errors"][0]["path"] == "$.metadata"
+    assert "has 65537 bytes as BSON, and metadata may have 65536" in answer["detail"]
 
 
 def test_metadata_that_is_larger_stays_readable(
     client: httpx.Client, conversation: str, service: Service
 ) -> None:
 
-    large = {"k": "x" * 2 * MIB}
-    with MongoClient(service.database_url) as operator:
+    large = {"k": "x" * MIB}
+    with MongoClient[dict[str, Any]](service.database_url) as operator:
         database = operator.get_default_database()
         database.conversations.update_one({"_id": conversation}, {"$set": {"metadata": large}})
     assert client.get(f"/conversations/{conversation}").json()["metadata"] == large
     append(client, conversation, {"role": "user"})
-    assert client.patch(f"/conversations/{conversation}", json={"title": "t"}).json()["metadata"] == large
+    path = f"/conversations/{conversation}"
+    assert client.patch(path, json={"title": "t"}).json()["metadata"] == large
+    # What changes nothing of it passes, and a change does not.
+    changed = client.patch(path, json={"title": "again", "metadata": large}).json()
+    assert (changed["title"], changed["metadata"]) == ("again", large)
+    assert client.patch(path, json={"metadata": large}).json()["metadata"] == large
+    fault = refused(client.patch(path, json={"title": "no", "metadata": large | {"more": 1}}))["errors"][0]
+    assert fault["path"] == "$.metadata"
+    after = client.get(path).json()
+    assert (after["title"], after["metadata"], after["message_count"]) == ("again", large, 1)
 
 
 @pytest.mark.parametrize("value", ["{}", "[]", '{"a":0}', '"ab"', "[[[]]]", "{},1.5"])
@@ -350,7 +379,7 @@ def test_health_is_answered_while_a_message_of_many_parts_is_read_as_items(
         (stored,) = append(client, conversation, {"role": "assistant", field: [0] * 200_000})
     items = f"/v1/conversations/{conversation}/items"
     for path in (f"{items}?limit=1", f"{items}/{stored['id']}"):
-        assert health_checks_while(service, lambda path=path: read(path)) > 5  # type: ignore[misc]
+        assert health_checks_while(service, partial(read, path)) > 5
 
 
 def health_checks_while(service: Service, work: Callable[[], None]) -> int:
@@ -381,7 +410,7 @@ async def test_large_work_is_done_one_at_a_time_beside_the_loop() -> None:
         running -= 1
         return 7
 
-    assert await asyncio.gather(*(payloads.beside(MIB, work) for _ in range(20))) == [7] * 20
+    assert await asyncio.gather(*(strict_json.beside(MIB, work) for _ in range(20))) == [7] * 20
     assert most == 1
     assert len(names) == 1
     assert threading.current_thread().name not in names
@@ -392,14 +421,14 @@ async def test_large_work_is_done_one_at_a_time_beside_the_loop() -> None:
         raise InvalidRequest(f"{len(large)}")
 
     with pytest.raises(InvalidRequest, match="1000") as caught:
-        await payloads.beside(MIB, fails)
+        await strict_json.beside(MIB, fails)
     frames = []
     trace = caught.value.__traceback__
     while trace is not None:
         frames.append(trace.tb_frame.f_code.co_name)
         trace = trace.tb_next
     assert "fails" not in frames  # or what it holds would live on
-    assert await payloads.beside(10, threading.current_thread) is threading.current_thread()
+    assert await strict_json.beside(10, threading.current_thread) is threading.current_thread()
 
 
 def test_a_body_in_chunks_of_one_byte_is_gathered_in_place() -> None:
@@ -416,9 +445,9 @@ def test_a_body_in_chunks_of_one_byte_is_gathered_in_place() -> None:
     class Flow:
         def pause_reading(self) -> None: ...
 
-    protocol = PatientProtocol.__new__(PatientProtocol)
+    protocol = TimeoutHttpProtocol.__new__(TimeoutHttpProtocol)
     protocol.cycle = Cycle()  # type: ignore[assignment]
-    protocol.parser = Parser()
+    protocol.parser = Parser()  # type: ignore[assignment]
     protocol.flow = Flow()  # type: ignore[assignment]
     gathered = set()
     for _ in range(1_000):
@@ -497,7 +526,7 @@ async def test_a_conversation_whose_time_is_past_expires(service: Service, time:
         assert client.post("/conversations", json=body).status_code == 201
         await database.open()
         try:
-            await Lifecycle(database, ChatService(database, settings), settings).expire()
+            await expire(ConversationStore(database, settings))
         finally:
             await database.close()
         assert client.get(f"/conversations/{conversation}").status_code == 404
@@ -509,7 +538,6 @@ def cursor(text: str | bytes) -> str:
 
 
 FORGED = {
-    "slash": cursor("0:a/b"),
     "underscore": cursor("1_0:x"),
     "other digits": cursor("١٢:x"),
     "sign": cursor("+1:x"),
@@ -559,13 +587,13 @@ async def test_a_key_that_is_forgotten_while_it_is_looked_up_is_looked_up_again(
             return held
 
     class Database:
-        def call(self) -> Any:
+        def deadline(self) -> Any:
             return contextlib.AsyncExitStack()
 
         async def read(self, *_: Any, **__: Any) -> list[bytes]:
             return []
 
-    keys = keys_module.Keys(Database(), Settings())  # type: ignore[arg-type]
+    keys = keys_module.ApiKeys(Database(), Settings())  # type: ignore[arg-type]
     keys._known = Forgetful()  # type: ignore[assignment]
     for _ in range(3):
         assert await keys._look_up("a") is None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import hashlib
 import json
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from pymongo import MongoClient
 
-from service.auth import Authenticator
+from service.access.authentication import Authenticator
 from service.errors import TooManyRequests
 from service.settings import Settings
-from tests.harness import Service, append, create, new_id, running
-from tests.integration.test_auth import AUDIENCE, GATED, ISSUER, OWN_KEY, Issuer, forged, keys, new_key
+from tests.harness import Service, append, command, create, keys, new_id, new_key, running
+from tests.integration.test_auth import GATED, OWN_KEY
+from tests.tokens import AUDIENCE, ISSUER, Issuer, forged, part
 
 LISTING = "/conversations?user_id=ada"
 LIMIT = 10
@@ -82,7 +82,7 @@ FOREIGN = [
 @pytest.mark.parametrize("host", FOREIGN)
 def test_a_host_that_is_not_ours_is_not_served(client: httpx.Client, host: str) -> None:
     for method, path in [*GATED, ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nothing")]:
-        headers = {"Host": host.encode("latin-1")}
+        headers = {b"Host": host.encode("latin-1")}
         answer = client.request(method, re.sub(r"\{\w+\}", "c", path), headers=headers)
         if answer.status_code == 400:  # no host can be called so, which the connection refuses itself
             assert answer.json()["type"].endswith("malformed-request")
@@ -332,12 +332,14 @@ def wait_for(holds: Callable[[], bool], timeout_s: float = 20) -> None:
         time.sleep(0.05)
 
 
-def got(service: Service, credential: str | None, timeout_s: float = 20, **headers: str) -> int:
+def got(
+    service: Service, credential: str | None, headers: dict[str, str] | None = None, *, timeout_s: float = 20
+) -> int:
     """The status of a listing with this credential."""
     said = {"Authorization": f"Bearer {credential}"} if credential is not None else {}
     # To read all authorities anew takes longer than the request.
     with httpx.Client(verify=False, timeout=timeout_s) as http:
-        return http.get(service.url + LISTING, headers=said | headers).status_code
+        return http.get(service.url + LISTING, headers=said | (headers or {})).status_code
 
 
 @pytest.mark.parametrize("mood", ["hang", "drip"])
@@ -391,14 +393,6 @@ def test_without_any_key_of_the_issuer_it_is_a_503_until_there_is_one(moody: Moo
 
 
 @pytest.fixture(scope="module")
-def issuer() -> Iterator[Issuer]:
-    started = Issuer()
-    yield started
-    started.server.shutdown()
-    started.server.server_close()
-
-
-@pytest.fixture(scope="module")
 def limited(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Ten failures an hour for an address, which its caller may name."""
     settings = tokens_of(
@@ -424,7 +418,7 @@ def guess() -> str:
 
 
 def guesses(service: Service, where: Callable[[], str], what: Callable[[], str] = guess) -> list[int]:
-    return [got(service, what(), **{"X-Forwarded-For": where()}) for _ in range(LIMIT + 5)]
+    return [got(service, what(), {"X-Forwarded-For": where()}) for _ in range(LIMIT + 5)]
 
 
 TOO_MANY = [401] * LIMIT + [429] * 5
@@ -435,22 +429,22 @@ def test_requests_without_a_credential_lock_nobody_out(limited: Service, issuer:
     empty: list[dict[str, str]] = [{}, {"Authorization": "Basic YTpi"}, {"X-API-Key": ""}, {"Cookie": "a=b"}]
     differing = {"X-API-Key": "one", "Authorization": "Bearer two"}
     for said in [*empty * LIMIT, differing]:
-        assert got(limited, None, **{"X-Forwarded-For": here, **said}) == 401
+        assert got(limited, None, {"X-Forwarded-For": here, **said}) == 401
     fresh = new_key(limited, "read", tenant="acme")
     for credential in (issuer.token(), issuer.token("bob"), OWN_KEY, fresh):
-        assert got(limited, credential, **{"X-Forwarded-For": here}) == 200
+        assert got(limited, credential, {"X-Forwarded-For": here}) == 200
 
 
 def test_who_guesses_is_limited_and_locks_out_nobody_who_signs(limited: Service, issuer: Issuer) -> None:
     here = address()
     seen, fresh = (new_key(limited, "read", tenant="acme") for _ in range(2))
-    assert got(limited, seen, **{"X-Forwarded-For": here}) == 200
+    assert got(limited, seen, {"X-Forwarded-For": here}) == 200
     assert guesses(limited, lambda: here) == TOO_MANY
     for credential in (issuer.token(), issuer.token("bob"), OWN_KEY, seen):
-        assert got(limited, credential, **{"X-Forwarded-For": here}) == 200
+        assert got(limited, credential, {"X-Forwarded-For": here}) == 200
     # A key that was never seen would have to be looked up, as a guess would.
-    assert got(limited, fresh, **{"X-Forwarded-For": here}) == 429
-    assert got(limited, fresh, **{"X-Forwarded-For": address()}) == 200
+    assert got(limited, fresh, {"X-Forwarded-For": here}) == 429
+    assert got(limited, fresh, {"X-Forwarded-For": address()}) == 200
 
 
 async def test_an_own_key_that_is_short_enough_to_guess_is_limited() -> None:
@@ -477,17 +471,17 @@ def test_a_token_that_cannot_be_read_is_counted_as_a_failure(
 def test_a_key_that_was_revoked_is_limited_as_any_other(limited: Service) -> None:
     here = address()
     key = new_key(limited, "read", tenant="acme")
-    assert got(limited, key, **{"X-Forwarded-For": here}) == 200
+    assert got(limited, key, {"X-Forwarded-For": here}) == 200
     keys(limited, "revoke", key.split("_")[1])
-    wait_for(lambda: got(limited, key, **{"X-Forwarded-For": address()}) == 401)
+    wait_for(lambda: got(limited, key, {"X-Forwarded-For": address()}) == 401)
     assert guesses(limited, lambda: here, lambda: key) == TOO_MANY
 
 
 def test_a_token_that_ended_is_limited_as_any_other(limited: Service, issuer: Issuer) -> None:
     here = address()
     token = issuer.token(exp=int(time.time()) + 2)
-    assert got(limited, token, **{"X-Forwarded-For": here}) == 200
-    wait_for(lambda: got(limited, token, **{"X-Forwarded-For": address()}) == 401)
+    assert got(limited, token, {"X-Forwarded-For": here}) == 200
+    wait_for(lambda: got(limited, token, {"X-Forwarded-For": address()}) == 401)
     assert guesses(limited, lambda: here, lambda: token) == TOO_MANY
 
 
@@ -495,12 +489,12 @@ def test_who_has_an_ipv6_network_has_one_count_of_failures(limited: Service) -> 
     net = f"2001:db8:{new_id()[-4:]}:1"
     hosts = iter(range(1, 1000))
     assert guesses(limited, lambda: f"{net}:{next(hosts):x}::1") == TOO_MANY
-    assert got(limited, guess(), **{"X-Forwarded-For": f"{net[:-1]}2::1"}) == 401
+    assert got(limited, guess(), {"X-Forwarded-For": f"{net[:-1]}2::1"}) == 401
     # Written as IPv6, an IPv4 address is itself.
     plain = address()
     assert guesses(limited, lambda: f"::ffff:{plain}") == TOO_MANY
-    assert got(limited, guess(), **{"X-Forwarded-For": plain}) == 429
-    assert got(limited, guess(), **{"X-Forwarded-For": f"::ffff:{address()}"}) == 401
+    assert got(limited, guess(), {"X-Forwarded-For": plain}) == 429
+    assert got(limited, guess(), {"X-Forwarded-For": f"::ffff:{address()}"}) == 401
 
 
 def test_rates_are_of_one_user_of_one_tenant(tmp_path: Path) -> None:
@@ -543,6 +537,17 @@ def test_rates_are_of_one_user_of_one_tenant(tmp_path: Path) -> None:
 def closed(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings = tokens_of(issuer, auth="key+jwt", api_key=OWN_KEY, jwt_tenant_claim="org", audit_days=7)
     with running(tmp_path_factory.mktemp("closed"), **settings) as started:
+        with MongoClient[dict[str, Any]](started.database_url) as operator:
+            # The receipt of an erasure that has ended, of each user `ada`.
+            operator.get_default_database().erasure_receipts.insert_many(
+                {
+                    "_id": hashlib.sha256(f"{ENDED}/{owner}".encode()).hexdigest(),
+                    "ended_at": datetime.now(UTC),
+                    "conversations": 1,
+                    "messages": 1,
+                }
+                for owner in ("ada", "acme/ada", "other/ada")
+            )
         yield started
 
 
@@ -560,7 +565,7 @@ def bearer(service: Service, credential: str | None) -> httpx.Client:
     return service.client(headers={"Authorization": f"Bearer {credential}"} if credential is not None else {})
 
 
-MARK = "PLANTED"
+MARK, ENDED = "PLANTED", "ended"
 
 
 def planted(http: httpx.Client) -> tuple[str, str]:
@@ -573,11 +578,15 @@ def planted(http: httpx.Client) -> tuple[str, str]:
     assert made.status_code == 201, made.text
     message = {"role": "user", "content": MARK, "name": MARK, "more": {"k": MARK}, "id": "m"}
     append(http, conversation, message)
+    append(http, conversation, {"role": "assistant", "content": MARK})
+    checkpoint = {"upto_seq": 2, "summary": MARK}
+    assert http.post(f"/conversations/{conversation}/checkpoints", json=checkpoint).is_success
     return conversation, "m"
 
 
 def ask(http: httpx.Client, method: str, path: str, conversation: str, message: str) -> httpx.Response:
     names = {"conversation_id": conversation, "message_id": message, "item_id": message, "user_id": "ada"}
+    names |= {"erasure_id": ENDED, "checkpoint_id": "cp_2"}
     body: Any = None
     if method in {"POST", "PATCH", "PUT"}:
         body = {
@@ -586,16 +595,26 @@ def ask(http: httpx.Client, method: str, path: str, conversation: str, message: 
             "/v1/conversations/{conversation_id}": {"metadata": {}},
             "/v1/conversations/{conversation_id}/items": {"items": [{"role": "user", "content": "x"}]},
             "/conversations/{conversation_id}": {"expires_at": None},
+            "/conversations/{conversation_id}/checkpoints": {"upto_seq": 2, "summary": MARK},
         }.get(path, {"role": "user"})
+        if (method, path) == ("PUT", "/conversations/{conversation_id}/messages"):
+            body = {"messages": [{"role": "user", "id": message}]}
     if path.endswith("/pop"):
         body = None
-    params = {"user_id": "ada"} if (method, path) == ("GET", "/conversations") else {}
+    params = {"user_id": "ada"} if (method, path) in LISTS else {}
+    if path.endswith("/context"):
+        params = {"max_turns": "5"}
     if method == "DELETE" and path.startswith("/users"):
         params = {"dry_run": "true"}
     filled = re.sub(r"\{(\w+)\}", lambda name: names[name[1]], path)
-    return http.request(method, filled, params=params, json=body)
+    with http.stream(method, filled, params=params, json=body) as answer:
+        # A stream of events has no end, and only its status is asked for here.
+        endless = answer.headers.get("content-type", "").startswith("text/event-stream")
+        content = b"" if endless else answer.read()
+        return httpx.Response(answer.status_code, headers=answer.headers, content=content)
 
 
+LISTS = {("GET", "/conversations"), ("GET", "/events")}
 OK, NOT_MINE = {200, 201, 204}, {404}
 
 
@@ -629,7 +648,7 @@ def test_every_route_answers_every_caller_as_it_should(
         "another user's token": issuer.token("bob"),
         "the same user's of another tenant": issuer.token("ada", org="other"),
     }
-    assert len(GATED) >= 22
+    assert len(GATED) >= 24
     with bearer(closed, both) as owner:
         for caller, credential in callers.items():
             with bearer(closed, credential) as http:
@@ -646,7 +665,7 @@ def test_every_route_answers_every_caller_as_it_should(
                         conversation, message = planted(owner)
                         continue
                     kept = owner.get(f"/conversations/{conversation}/messages").json()["data"]
-                    assert [each["id"] for each in kept] == [message], where
+                    assert (len(kept), kept[0]["id"]) == (2, message), where
 
 
 def test_a_key_that_only_writes_is_answered_with_nothing_that_was_stored(
@@ -741,11 +760,6 @@ def test_no_odd_path_with_any_method_gets_past_the_gate(closed: Service) -> None
                 assert path.startswith("/metrics"), (method, path)
 
 
-def part(value: Any) -> str:
-    text = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return base64.urlsafe_b64encode(text).decode().rstrip("=")
-
-
 def confused(issuer: Issuer) -> dict[str, str]:
     """Tokens that are one thing and say another, none of them good."""
     good, pem = issuer.token(), issuer.public_pem("one")
@@ -777,16 +791,17 @@ def confused(issuer: Issuer) -> dict[str, str]:
         claims, issuer.keys["one"], "RS256", {"kid": "one", "crit": ["x"], "x": 1}
     )
     found["PS for RS"] = jwt.encode(claims, stranger, "PS256", {"kid": "one"})
-    for name, value in {
+    values: dict[str, list[Any]] = {
         "exp": [None, "soon", [], {}, -1, 0, float(time.time()) - 60],
         "nbf": ["x", [], 2**40],
         "iat": ["x", [], {}],
         "aud": [None, [], "", "CHAT", ["other"], {}, 7],
         "iss": [None, "", [], ISSUER + "/", 7],
-        "sub": [None, "", [], {}, 7, ".", "..", "x" * 129],
-        "org": [None, "", [], {}, 7, "a/b", "..\0", "x" * 129],
-    }.items():
-        for each in value:
+        "sub": [None, "", [], {}, 7, ".", "..", "x" * 1_501],
+        "org": [None, "", [], {}, 7, "a\n", "..\0", "x" * 1_501],
+    }
+    for name, wrong in values.items():
+        for each in wrong:
             said = {**claims, name: each}
             if each is None:
                 del said[name]
@@ -904,6 +919,21 @@ def test_the_trail_names_the_user_who_was_really_read(closed: Service, issuer: I
         assert (each["request_id_by"], each["address"]) == ("caller", "127.0.0.1")
 
 
+def test_the_trail_names_the_conversation_or_the_user_of_every_route(closed: Service) -> None:
+    mark = new_id("req")
+    with bearer(closed, OWN_KEY) as http:
+        for method, path in GATED:
+            conversation, message = planted(http)
+            http.headers["X-Request-ID"] = mark
+            answer = ask(http, method, path, conversation, message)
+            assert answer.status_code in OK, (method, path, answer.text)
+            del http.headers["X-Request-ID"]
+    wait_for(lambda: len(entries(closed, request_id=mark)) == len(GATED))
+    for each in entries(closed, request_id=mark):
+        assert each["user_id"] or each["conversation_id"], (each["method"], each["route"])
+        assert each["user_id"] or "{conversation_id}" in each["route"], (each["method"], each["route"])
+
+
 def test_the_trail_has_refused_calls_and_cannot_be_filled_with_them(issuer: Issuer, tmp_path: Path) -> None:
     settings = tokens_of(
         issuer,
@@ -922,7 +952,7 @@ def test_the_trail_has_refused_calls_and_cannot_be_filled_with_them(issuer: Issu
         for _ in range(10):
             got(service, OWN_KEY)
         for n in range(150):
-            got(service, None, **{"X-Forwarded-For": f"10.0.{n}.1"})
+            got(service, None, {"X-Forwarded-For": f"10.0.{n}.1"})
         with bearer(service, read) as http:
             http.headers["X-Forwarded-For"] = "10.1.0.1"
             assert http.post("/conversations", json={"user_id": "ada"}).status_code == 403
@@ -948,8 +978,8 @@ def test_the_trail_has_refused_calls_and_cannot_be_filled_with_them(issuer: Issu
 
 def test_the_trail_has_foreign_hosts_and_pages(tmp_path: Path) -> None:
     with running(tmp_path, audit_days=7) as service:
-        got(service, None, Host="evil.example")
-        got(service, None, Origin="https://evil.example")
+        got(service, None, {"Host": "evil.example"})
+        got(service, None, {"Origin": "https://evil.example"})
         wait_for(lambda: {each["status"] for each in entries(service)} == {421, 403})
 
 
@@ -961,15 +991,6 @@ def test_the_trail_has_who_tried_to_read_the_metrics(tmp_path: Path) -> None:
 
 
 def test_the_trail_has_what_the_command_line_did(closed: Service, both: str, tmp_path: Path) -> None:
-    def command(*arguments: str) -> None:
-        subprocess.run(
-            [sys.executable, "-m", "service", *arguments],
-            env=closed.environment(),
-            cwd=closed.directory,
-            check=False,
-            capture_output=True,
-        )
-
     user = new_id("user")
     with bearer(closed, both) as http:
         create(http, new_id(), user)
@@ -978,13 +999,13 @@ def test_the_trail_has_what_the_command_line_did(closed: Service, both: str, tmp
     file = tmp_path / "export.ndjson"
     file.write_bytes(exported.content)
     key = new_key(closed, "read")
-    command("keys", "list")
-    command("keys", "revoke", key.split("_")[1])
-    command("keys", "revoke", key.split("_")[1])
-    command("import", str(file), "--tenant", "third")
-    command("import", str(file), "--dry-run")
-    command("expire")
-    command("verify", "--repair")
+    command(closed, "keys", "list")
+    command(closed, "keys", "revoke", key.split("_")[1])
+    command(closed, "keys", "revoke", key.split("_")[1])
+    command(closed, "import", str(file), "--tenant", "third")
+    command(closed, "import", str(file), "--dry-run")
+    command(closed, "expire")
+    command(closed, "verify", "--repair")
     found = [
         (each["route"], each["status"], each.get("user_id"))
         for each in entries(closed, method="COMMAND")

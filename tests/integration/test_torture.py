@@ -1,6 +1,6 @@
 """`kill -9` of the service, the engine, or both, at random moments, while writers append with keys.
 
-TEST_TORTURE_S says for how long (40 seconds unless it is set).
+TEST_TORTURE_S says for how long (25 seconds unless it is set), and it goes on until each was killed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 from tests.harness import Service, contents, create, new_id, whole_history
 from tests.integration.test_verify import verify
 
-SECONDS = float(os.environ.get("TEST_TORTURE_S", "40"))
+SECONDS = float(os.environ.get("TEST_TORTURE_S", "25"))
 WRITERS = 6
 
 
@@ -32,13 +32,22 @@ class Toll:
     retries: int = 0
     acknowledged: dict[str, list[Any]] = field(default_factory=dict)
 
+    def goes_on(self, end: float) -> bool:
+        """Until `end`, and on a machine that is slow, until there was a kill of each kind."""
+        return time.monotonic() < end or not all(self.kills.values())
 
+
+@pytest.mark.embedded_engine("it kills the engine")
 async def test_what_was_acknowledged_survives_any_kill_exactly_once_in_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seed = random.randrange(10**6)
     chance = random.Random(seed)
-    limits = {"database_timeout_ms": 2_000, "server_selection_timeout_ms": 500, "log_level": "warning"}
+    limits: dict[str, Any] = {
+        "database_timeout_ms": 2_000,
+        "server_selection_timeout_ms": 500,
+        "log_level": "warning",
+    }
     (tmp_path / "second").mkdir()
     first = Service(tmp_path, **limits)
     first.start()
@@ -64,7 +73,6 @@ async def test_what_was_acknowledged_survives_any_kill_exactly_once_in_order(
     finally:
         second.kill()
         first.stop()
-    assert min(toll.kills.values()) >= 1, "the time was too short for a kill of each kind"
     assert len(toll.acknowledged) > 50
     appends, messages = len(toll.acknowledged), sum(map(len, toll.acknowledged.values()))
     with capsys.disabled():
@@ -74,7 +82,7 @@ async def test_what_was_acknowledged_survives_any_kill_exactly_once_in_order(
 
 async def _kill_until(end: float, chance: random.Random, first: Service, second: Service, toll: Toll) -> None:
     kinds = list(toll.kills)
-    while time.monotonic() < end:
+    while toll.goes_on(end):
         await asyncio.sleep(chance.uniform(0.3, 2.0))
         # Each kind once, and then as it comes.
         kind = next((each for each in kinds if not toll.kills[each]), chance.choice(kinds))
@@ -103,7 +111,7 @@ async def _write_until(
     chance = random.Random(writer)
     turn = 0
     async with httpx.AsyncClient(timeout=15) as client:
-        while time.monotonic() < end:
+        while toll.goes_on(end):
             key = f"{conversation}|{writer}|{turn}"
             size = chance.choice((1, 1, 1, 2, 4))
             batch = [{"role": "user", "content": f"{writer}/{turn}/{part}/{size}"} for part in range(size)]

@@ -1,10 +1,8 @@
-"""`chat-history verify`: every invariant broken on purpose, named, and mended where no guess is needed."""
+"""`chat-history verify`: every invariant broken on purpose, named, and repaired where no guess is needed."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,25 +15,16 @@ from bson.codec_options import CodecOptions
 from bson.raw_bson import RawBSONDocument
 from pymongo import MongoClient
 
-from service.chat_service import ChatService
 from service.database import Database
 from service.documents import Message
+from service.history.store import ConversationStore
+from service.maintenance.verify import Verifier, Violation
 from service.settings import Settings
-from service.verify import Verifier
-from tests.harness import Service, append, create, on_database, running
+from tests.harness import Service, append, command, create, on_database, running
 
 
 def verify(service: Service, *options: str, **environment: str) -> tuple[int, list[str]]:
-    command = [sys.executable, "-m", "service", "verify", *options]
-    done = subprocess.run(
-        command,
-        env=service.environment() | environment,
-        cwd=service.directory,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = command(service, "verify", *options, **environment)
     return done.returncode, (done.stdout or done.stderr).strip().splitlines()
 
 
@@ -138,7 +127,7 @@ LEFT = [
 
 
 @pytest.mark.parametrize(("damage", "says"), MENDED, ids=[each.__name__ for each, _ in MENDED])
-def test_what_needs_no_guess_is_named_and_mended(broken: Any, damage: Any, says: str) -> None:
+def test_what_needs_no_guess_is_named_and_repaired(broken: Any, damage: Any, says: str) -> None:
     check, database = broken
     damage(database)
     code, lines = check()
@@ -148,9 +137,20 @@ def test_what_needs_no_guess_is_named_and_mended(broken: Any, damage: Any, says:
     code, lines = check("--repair")
     assert code == 0
     assert says in lines[0]
-    assert "(mended" in lines[0]
+    assert "(repaired" in lines[0]
     code, lines = check()
     assert (code, len(lines)) == (0, 1)
+
+
+def test_a_repair_of_messages_is_a_change_of_the_history(broken: Any) -> None:
+    """So nobody who keeps what was read before takes it for what is stored now."""
+    check, database = broken
+    before = database.conversations.find_one({})
+    change_owner(database)
+    check("--repair")
+    after = database.conversations.find_one({})
+    assert after["version"] == before["version"] + 1
+    assert after["rewrites"] == before["rewrites"] + 1
 
 
 def test_any_number_of_messages_that_an_import_left_is_removed(broken: Any, service: Service) -> None:
@@ -221,14 +221,14 @@ def test_what_is_not_well_formed_is_named_without_its_values_and_the_rest_is_rea
     assert code == 1, said
     named = [line for line in lines if "not well formed" in line]
     for key in [*CONVERSATIONS, bare]:
-        assert f"{key}: it is not well formed (left: mend it, or remove it)" in lines
+        assert f"{key}: it is not well formed (left: correct it, or remove it)" in lines
     for name in names.values():
         assert sum(f"the message {name} is not well formed" in line for line in named) == 1, name
     assert len(named) == len(CONVERSATIONS) + 1 + len(MESSAGES)
     assert SECRET not in said
     assert "Traceback" not in said
-    # The walk went on, and mended what needs no guess. What a malformed message counts for is left alone.
-    assert "zz: message_count is 3, and there are 0 messages (mended)" in lines
+    # The walk went on, and repaired what needs no guess. What a malformed message counts for is left alone.
+    assert "zz: message_count is 3, and there are 0 messages (repaired)" in lines
     assert not any(line.startswith(f"{own}: message_count") for line in lines)
     assert list(database.messages.find()) == before
 
@@ -254,6 +254,13 @@ class TwoShards(Database):
             found += [each.raw for each in self._other.find(query)]
         return sorted(found, key=lambda raw: bson.decode(raw).get("seq", 0))
 
+    async def pages(self, document: Any, query: Any, **options: Any) -> AsyncIterator[list[bytes]]:
+        size = options.pop("size")
+        options.pop("seconds")
+        found = await self.read(document, query, **options)
+        for begin in range(0, len(found), size):
+            yield found[begin : begin + size]
+
 
 async def test_message_ids_that_stand_twice_on_a_cluster_are_named(
     service: Service, client: httpx.Client, conversation: str
@@ -272,14 +279,16 @@ async def test_message_ids_that_stand_twice_on_a_cluster_are_named(
         database = TwoShards(Settings(mongodb_url=service.database_url, database_timeout_ms=60_000), other)
         await database.open()
         try:
-            verifier = Verifier(database, ChatService(database, Settings()), repair=True)
-            await verifier._conversation(conversation)
+            found: list[Violation] = []
+            store = ConversationStore(database, Settings())
+            verifier = Verifier(store, repair=True, note=found.append)
+            await verifier._verify_conversation(conversation)
         finally:
             await database.close()
             operator.drop_database(other.database.name)
-    assert [str(each) for each in verifier.report.violations] == [
+    assert [str(each) for each in found] == [
         f"{conversation}: the message id {stored[double - 1]['id']} stands 2 times, at seq {double}, {seq} "
-        "(left: there is no telling what it should be)"
+        "(left: the right value is not known)"
         for seq, double in ((1501, 1), (1503, 1400), (1502, 1500))
     ]
     assert verifier.report.messages == 1_503

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from typing import Any
 
-import bson
 import pytest
 
-from service.chat_service import ChatService, Naming, _of_owner, message_ids
+from service.chat_service import ChatService
+from service.clock import EPOCH
 from service.database import Transaction
 from service.errors import (
     ConversationIdTaken,
@@ -17,7 +18,10 @@ from service.errors import (
     InvalidRequest,
     MessageNotFound,
 )
-from service.scopes import Key
+from service.history import creating
+from service.history.store import ConversationStore
+from service.tenancy import TenantScope
+from tests.strategies import REAL_IDS
 from tests.unit.conftest import MockDatabase
 
 
@@ -30,6 +34,21 @@ async def test_a_conversation_is_got_or_created(chat: ChatService) -> None:
     assert again.metadata == {"k": [1]}
     with pytest.raises(ConversationIdTaken):
         await chat.get_or_create_conversation("bob", "c")
+
+
+async def test_an_id_begins_with_the_time_so_new_ones_stand_behind_all_others(chat: ChatService) -> None:
+    made, _ = await chat.get_or_create_conversation("ada")
+    assert re.fullmatch(r"conv_[0-9a-f]{32}", made.id)
+    assert int(made.id[5:17], 16) == round(made.created_at.timestamp() * 1000)
+    times = [
+        EPOCH,
+        made.created_at,
+        made.created_at + timedelta(milliseconds=1),
+        made.created_at.replace(year=9999),
+    ]
+    ids = [creating.new_id(time) for time in times]
+    assert ids == sorted(ids)
+    assert len({creating.new_id(made.created_at) for _ in range(1_000)}) == 1_000
 
 
 async def test_messages_are_plain_dicts_in_the_callers_order(chat: ChatService) -> None:
@@ -92,7 +111,7 @@ async def test_a_commit_whose_answer_was_lost_is_found_out_by_the_ids(
         transaction.may_have_committed = True
         return await work(transaction)
 
-    monkeypatch.setattr(chat._database, "transaction", commits_unheard)
+    monkeypatch.setattr(chat._store.database, "transaction", commits_unheard)
     _, created = await chat.get_or_create_conversation("ada", "c")
     assert created
     appended = await chat.add_messages("c", [{"role": "user", "content": n} for n in "ab"])
@@ -118,7 +137,7 @@ async def test_a_message_that_is_not_there_is_not_found(chat: ChatService) -> No
         await chat.get_message("c", "none")
 
 
-@pytest.mark.parametrize("bad", ["", "a b", "a/b", "x" * 129, ".", "..", "a\n", "é", None, 5])
+@pytest.mark.parametrize("bad", ["", "x" * 1_501, "é" * 751, ".", "..", "a\n", "\x7f", "\x85", None, 5])
 async def test_ids_have_a_form(chat: ChatService, bad: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await chat.get_or_create_conversation("ada", bad if bad is not None else "")
@@ -128,26 +147,12 @@ async def test_ids_have_a_form(chat: ChatService, bad: Any) -> None:
     assert caught.value.faults[0].path == "$.user_id"
 
 
-@pytest.mark.parametrize("good", ["a", "A-Z_0.9", "user:1@example~x", "...", "x" * 128])
+@pytest.mark.parametrize(
+    "good", ["a", "A-Z_0.9", "user:1@example~x", "...", "a/b", "100%", "é" * 750, *REAL_IDS]
+)
 async def test_ids_of_that_form_are_taken(chat: ChatService, good: str) -> None:
     made, _ = await chat.get_or_create_conversation(good, good)
     assert made.id == good
-
-
-def test_message_ids_come_from_the_key_or_an_own_id_or_chance() -> None:
-    messages: list[dict[str, Any]] = [{"role": "user"}, {"role": "user"}]
-    keyed, follower = message_ids(messages, Naming("k"))
-    assert message_ids(messages, Naming("k")) == (keyed, follower)
-    assert f"idem_{message_ids(messages[:1], Naming('k'))[1]}" == keyed[1]
-    assert message_ids([*messages, *messages], Naming("k"))[0][2] == f"idem_{follower}"
-    assert message_ids(messages, Naming("other"))[0] != keyed
-    named = [{"role": "user"}, {"role": "user", "id": "mine"}]
-    assert message_ids(named, Naming()) == message_ids(named, Naming())
-    assert message_ids(named, Naming())[0][1] == "mine"
-    assert message_ids(messages, Naming()) != message_ids(messages, Naming())
-    assert all(re.fullmatch(r"[A-Za-z0-9._:@~-]{1,128}", each) for each in keyed)
-    # A caller may name a message like a key; the two do not meet.
-    assert message_ids([{"id": "k"}, {}], Naming())[0][1] != keyed[1]
 
 
 class LosesItsAnswers(MockDatabase):
@@ -163,7 +168,8 @@ class LosesItsAnswers(MockDatabase):
 async def test_work_that_had_committed_already_is_not_done_again(chat: ChatService) -> None:
     await chat.get_or_create_conversation("ada", "c")
     stored = (await chat.add_messages("c", [{"role": "user", "content": f"{n}"} for n in range(4)])).messages
-    losing = ChatService(LosesItsAnswers(chat._settings), chat._settings)
+    settings = chat._store.settings
+    losing = ChatService(ConversationStore(LosesItsAnswers(settings), settings), TenantScope())
     assert await losing.pop_message("c") == stored[3]
     await losing.delete_message("c", stored[0]["id"])
     assert (await chat.get_chat_history("c")).messages == stored[1:3]
@@ -173,20 +179,3 @@ async def test_work_that_had_committed_already_is_not_done_again(chat: ChatServi
     await losing.delete_conversation("c")
     with pytest.raises(ConversationNotFound):
         await chat.get_conversation("c")
-
-
-def test_only_what_says_itself_that_it_is_the_owners_is_shown() -> None:
-    written = [
-        bson.encode({"_id": f"c/{'m' * n}", "conversation_id": "c", "user_id": "ada", "content": "x"})
-        for n in range(1, 40)
-    ]
-    assert _of_owner(Key("c"), "ada", written) == written
-    assert _of_owner(Key("c"), "bob", written) == []
-    by_hand = bson.encode({"user_id": "ada", "_id": "c/x", "conversation_id": "c"})
-    without_text = bson.encode({"_id": 7, "conversation_id": "c", "user_id": "ada"})
-    inside = {"conversation_id": "c", "user_id": "ada"}
-    forged = bson.encode({"_id": "c/y", "conversation_id": "c", "user_id": "bob", "metadata": inside})
-    other = bson.encode({"_id": "c/z", "conversation_id": "d", "user_id": "bob", "content": "ada"})
-    nobodys = bson.encode({"_id": "c/n", "conversation_id": "c", "content": "x"})
-    found = _of_owner(Key("c"), "ada", [by_hand, without_text, forged, other, nobodys])
-    assert found == [by_hand, without_text]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from chat_history_client import ChatHistoryClient, HistoryFilters
 
 ROOT = Path(__file__).parents[2]
 # What a reader opens first, and what it leads to; then all Markdown that is kept here.
@@ -16,7 +20,7 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 ALL = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 _FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_FILE = re.compile(r"`((?:tests|docs|service|benchmarks|compat)/[\w./-]+)`")
+_FILE = re.compile(r"`((?:tests|docs|service|benchmarks)/[\w./-]+)`")
 
 
 def name_of(page: Path) -> str:
@@ -62,6 +66,42 @@ def test_every_file_that_a_document_names_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_every_test_that_the_code_names_exists() -> None:
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    known = {path.stem for path in tests}.union(
+        *(re.findall(r"def (test_\w+)", path.read_text()) for path in tests)
+    )
+    named = {
+        (path.name, name)
+        for folder in ("service", "clients")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r"\b(test_[a-z]\w+)", path.read_text())
+    }
+    assert len(named) > 10
+    assert not {each for each in named if each[1] not in known}
+
+
+def test_every_name_that_the_architecture_places_in_a_file_is_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"\| `(service/[\w./]+)` \| (`.*`) \|$", page, re.MULTILINE)
+    assert len(rows) > 30
+    for path, names in rows:
+        code = (ROOT / path).read_text()
+        for name in re.findall(r"`(\w+)`", names):
+            defined = rf"^ *(async def|def|class) {name}\b|^{name} = "
+            assert re.search(defined, code, re.MULTILINE), (path, name)
+
+
+def test_the_architecture_has_the_floors_of_the_contracts() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [{*layer.split(" | ")} for layer in contracts[0]["layers"]]
+    floors: dict[int, set[str]] = {}
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for floor, names in re.findall(r"^\| (\d+)(?: \(\w+\))? \| ([^|]*) \|", page, re.MULTILINE):
+        floors.setdefault(int(floor), set()).update(re.findall(r"`(\w+)`", names))
+    assert floors == dict(enumerate(layers, 1))
+
+
 def test_every_test_that_the_documents_name_exists() -> None:
     named = {name for page in ALL for name in re.findall(r"`(test_\w+)`", page.read_text())}
     defined: set[str] = set()
@@ -86,6 +126,19 @@ def test_no_document_installs_a_name_that_is_on_no_index() -> None:
     for page in ALL:
         for command in re.findall(r"pip\w* install[^\n`]*", page.read_text()):
             assert "chat-history" not in command or " @ git+" in command, command
+
+
+def test_the_page_of_the_client_names_every_call_with_its_arguments() -> None:
+    page = (ROOT / "docs" / "clients" / "python.md").read_text()
+    calls = dict(re.findall(r"^\| `(\w+)\(([^)]*)\)` \|", page, re.MULTILINE))
+    methods = {name: each for name, each in vars(ChatHistoryClient).items() if not name.startswith("_")}
+    assert {*calls} == {*methods}
+    for name, arguments in calls.items():
+        known = {*inspect.signature(methods[name]).parameters} - {"self"}
+        if "filters" in known:
+            known = known - {"filters"} | {*HistoryFilters.__annotations__}
+        named = {each.strip(" =") for each in arguments.split(",")}
+        assert named | {"user_id"} == known | {"user_id"}, name
 
 
 def test_the_front_page_is_short() -> None:

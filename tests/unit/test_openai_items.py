@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import openai_items
 from service.documents import MessageFields
-from tests.strategies import messages, objects, texts, values
+from service.formats import message_turns, openai_items
+from tests.strategies import ids, messages, objects, texts, values
 
 KINDS = ["message", "function_call", "function_call_output", "reasoning", "of_next_month", "custom_output"]
 ROLES = ["user", "assistant", "system", "developer", "tool", "critic", ""]
@@ -60,19 +60,46 @@ def test_what_is_filled_in_is_filled_in_once(item: dict[str, Any]) -> None:
     assert openai_items.items_of(stored) == [{"id": "m", **filled}]
 
 
-@given(messages())
-def test_any_native_message_reads_as_items_with_ids_of_their_own(message: dict[str, Any]) -> None:
-    read = openai_items.items_of({**message, "id": "m"})
-    ids = [item["id"] for item in read]
-    assert ids[0] == "m"
-    assert len(set(ids)) == len(ids)
-    assert {openai_items.message_id(each) for each in ids} == {"m"}
+@given(messages(), ids)
+def test_any_native_message_reads_as_items_with_ids_of_their_own(
+    message: dict[str, Any], message_id: str
+) -> None:
+    read = openai_items.items_of({**message, "id": message_id})
+    shown = [item["id"] for item in read]
+    assert shown[0] == message_id or openai_items.looks_like_part(message_id)
+    assert len(set(shown)) == len(shown)
+    assert {openai_items.message_id(each) for each in shown} == {message_id}
     assert all(isinstance(item["type"], str) for item in read)
+
+
+def test_no_item_of_a_message_has_the_id_of_another_messages_item() -> None:
+    calls = {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}, {"id": "2"}]}
+    names = [
+        "m",
+        "m,1",
+        "m,,0",
+        "m,,1",
+        "m,,1,,0",
+        "m,,2",
+        "m,,01",
+        "m,",
+        "m,,,1",
+        ",,1",
+        "m,,x",
+        "m\u2028,,1",
+    ]
+    items = {name: [each["id"] for each in openai_items.items_of({**calls, "id": name})] for name in names}
+    shown = [each for own in items.values() for each in own]
+    assert len(set(shown)) == len(shown) == 3 * len(names)
+    assert all(openai_items.message_id(each) == name for name, own in items.items() for each in own)
+    assert items["m"] == ["m", "m,,1", "m,,2"]
+    assert items["m,,1"] == ["m,,1,,0", "m,,1,,1", "m,,1,,2"]
+    assert items["m,1"][0] == "m,1"
 
 
 @given(messages(), values)
 def test_a_message_that_only_looks_like_an_item_is_read_all_the_same(message: Any, item: Any) -> None:
-    assert openai_items.items_of({**message, "id": "m", openai_items.ITEM: item})
+    assert openai_items.items_of({**message, "id": "m", message_turns.ITEM: item})
 
 
 def test_nothing_is_stored_twice() -> None:

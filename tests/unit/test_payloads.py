@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import payloads
 from service.errors import InvalidRequest, MalformedBody
+from service.formats import bson_codec, strict_json
+from service.settings import MESSAGE_BYTES_MAX
 
 
 def nested(levels: int, inner: Any = 1) -> Any:
@@ -24,7 +25,7 @@ def nested(levels: int, inner: Any = 1) -> Any:
 
 def refusal(value: Any) -> tuple[str, str]:
     with pytest.raises(InvalidRequest) as caught:
-        payloads.check(value)
+        strict_json.check(value)
     (fault,) = caught.value.faults
     return fault.path, fault.message
 
@@ -49,13 +50,13 @@ def refusal(value: Any) -> tuple[str, str]:
     ],
 )
 def test_json_that_bson_cannot_hold_is_refused_with_its_path(text: str, path: str, why: str) -> None:
-    found, message = refusal(payloads.parse(text.encode()))
+    found, message = refusal(strict_json.parse(text.encode()))
     assert found == path or (path.endswith("[0]") and found.startswith(path[:20])), found
     assert why in message
 
 
 def test_90_levels_are_held_and_91_are_not() -> None:
-    payloads.check(payloads.parse(json.dumps(nested(90)).encode()))
+    strict_json.check(strict_json.parse(json.dumps(nested(90)).encode()))
     path, message = refusal(nested(91))
     assert len(json.dumps(nested(91))) > 91
     assert path.count("a") + path.count("[0]") == 90
@@ -66,7 +67,7 @@ def test_90_levels_are_held_and_91_are_not() -> None:
 def test_thousands_of_levels_are_refused_with_their_path(levels: int) -> None:
     text = '{"role": "user", "x\\"[": ["]", ' + '{"a": [' * levels + "]}" * levels + "]}"
     with pytest.raises(InvalidRequest) as caught:
-        payloads.check(payloads.parse(text.encode()))
+        strict_json.check(strict_json.parse(text.encode()))
     path = caught.value.faults[0].path
     assert path.startswith('$["x\\"["][1].a[0].a[0]')
     assert len(path) < 1000
@@ -75,7 +76,7 @@ def test_thousands_of_levels_are_refused_with_their_path(levels: int) -> None:
 def test_deep_nesting_that_never_closes_is_an_error_too() -> None:
     for text in ("[" * 100_000, '{"a":' * 100_000):
         with pytest.raises((InvalidRequest, MalformedBody)):
-            payloads.check(payloads.parse(text.encode()))
+            strict_json.check(strict_json.parse(text.encode()))
 
 
 @pytest.mark.parametrize("value", [datetime.now(), b"x", {1: 2}, {"a": (1, 2)}, {"a": {3}}, object()])  # noqa: DTZ005
@@ -108,38 +109,38 @@ def exactly(value: Any) -> str:
 
 @given(st.dictionaries((keys | references).filter(lambda key: key != "_id"), json_values))
 def test_any_json_comes_out_of_bson_as_it_went_in(fields: dict[str, Any]) -> None:
-    parsed = payloads.parse(json.dumps(fields).encode())
-    raw = payloads.encode(parsed, keep_exact_copy=False)
-    assert exactly(payloads.decode(raw)) == exactly(fields)
-    assert payloads.same(payloads.decode(raw), fields)
+    parsed = strict_json.parse(json.dumps(fields).encode())
+    raw = bson_codec.encode(parsed, keep_exact_copy=False)
+    assert exactly(bson_codec.decode(raw)) == exactly(fields)
+    assert bson_codec.json_equal(bson_codec.decode(raw), fields)
 
 
 @given(st.dictionaries(references, json_values))
 def test_an_engine_that_makes_dbrefs_cannot_bend_what_it_is_given(fields: dict[str, Any]) -> None:
-    raw = payloads.encode({"v": fields}, keep_exact_copy=True)
+    raw = bson_codec.encode({"v": fields}, keep_exact_copy=True)
     bent_by_the_engine = bson.encode(bson.decode(raw))
-    assert exactly(payloads.decode(bent_by_the_engine)) == exactly({"v": fields})
+    assert exactly(bson_codec.decode(bent_by_the_engine)) == exactly({"v": fields})
 
 
 def test_a_copy_is_kept_only_where_the_engine_would_bend() -> None:
     for harmless in ({"$ref": "a", "$id": 1}, {"$id": 1}, {"text": "$ref"}):
-        assert payloads.EXACT_COPY.encode() not in payloads.encode({"v": harmless}, keep_exact_copy=True)
-    assert payloads.EXACT_COPY.encode() in payloads.encode(
+        assert bson_codec.EXACT_COPY.encode() not in bson_codec.encode({"v": harmless}, keep_exact_copy=True)
+    assert bson_codec.EXACT_COPY.encode() in bson_codec.encode(
         {"v": {"$id": 1, "$ref": "a"}}, keep_exact_copy=True
     )
 
 
 def test_splice_joins_documents() -> None:
     one, two = {"a": 1, "b": "x"}, {"c": [1.5, None]}
-    assert bson.decode(payloads.splice(bson.encode(one), bson.encode(two))) == {**one, **two}
+    assert bson.decode(bson_codec.concat_documents(bson.encode(one), bson.encode(two))) == {**one, **two}
 
 
 def test_a_message_just_under_the_limit_is_encoded_and_just_over_it_refused() -> None:
     overhead = len(bson.encode({"content": ""}))
-    fits = payloads.MESSAGE_BYTES_MAX - overhead
-    assert len(payloads.encode({"content": "x" * fits}, keep_exact_copy=True)) == payloads.MESSAGE_BYTES_MAX
+    fits = MESSAGE_BYTES_MAX - overhead
+    assert len(bson_codec.encode({"content": "x" * fits}, keep_exact_copy=True)) == MESSAGE_BYTES_MAX
     with pytest.raises(InvalidRequest) as caught:
-        payloads.encode({"content": "x" * (fits + 1)}, ("messages", 3), keep_exact_copy=True)
+        bson_codec.encode({"content": "x" * (fits + 1)}, ("messages", 3), keep_exact_copy=True)
     assert caught.value.faults[0].path == "$.messages[3]"
 
 
@@ -154,4 +155,4 @@ def test_a_message_just_under_the_limit_is_encoded_and_just_over_it_refused() ->
     ],
 )
 def test_same_tells_json_apart_as_json_does(one: Any, other: Any, equal: bool) -> None:
-    assert payloads.same(one, other) is equal
+    assert bson_codec.json_equal(one, other) is equal

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, without_password
+from service.embedded import data_directory
+from service.settings import ENGINE_RECORD, Settings, host_name, without_password
+from service.settings.checks import spelling_distance
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "settings.md"
@@ -20,7 +22,7 @@ PAGE = ROOT / "docs" / "settings.md"
 
 def test_the_page_of_settings_is_what_is_generated() -> None:
     assert all(field.description for field in Settings.model_fields.values())
-    generate = [sys.executable, ROOT / "docs" / "generate_settings.py"]
+    generate = [sys.executable, str(ROOT / "docs" / "generate_settings.py")]
     generated = subprocess.run(generate, capture_output=True, text=True, timeout=30, check=True).stdout
     assert PAGE.read_text() == generated, "Run `make settings`."
 
@@ -147,7 +149,7 @@ JWT = {"auth": "jwt", "jwt_issuer": "i", "jwt_audience": "a"}
         ({**JWT, "jwt_secret": "s", "jwt_algorithms": ["RS256"]}, "HS256 alone"),
         ({**JWT, "jwt_secret": "s", "jwt_jwks_cache_s": 9}, "CHAT_JWT_JWKS_CACHE_S would have no effect"),
         ({"tls_key_password": "p"}, "CHAT_TLS_KEY_PASSWORD would have no effect"),
-        ({"mongodb_tls_ca": "ca.pem"}, "Set CHAT_MONGODB_URL"),
+        ({"mongodb_tls_ca": __file__}, "Set CHAT_MONGODB_URL"),
         ({"metrics_token": "t"}, "Set CHAT_METRICS=true"),
         ({"metrics": True, "auth": "key"}, "needs CHAT_METRICS_TOKEN"),
         ({"page_items_default": 9, "page_items_max": 8}, "CHAT_PAGE_ITEMS_DEFAULT is more than"),
@@ -159,7 +161,12 @@ def test_settings_that_contradict_each_other_are_refused(settings: Any, says: st
 
 
 def test_a_setting_that_is_merely_unused_is_no_contradiction() -> None:
-    on_mongodb = {"mongodb_url": "mongodb://db", "data_dir": "x", "embedded_port": 1, "insecure": True}
+    on_mongodb: dict[str, Any] = {
+        "mongodb_url": "mongodb://db",
+        "data_dir": "x",
+        "embedded_port": 1,
+        "insecure": True,
+    }
     assert Settings(_env_file=None, **on_mongodb, auth="key", api_key="s", page_items_max=7).auth == "key"
 
 
@@ -190,5 +197,88 @@ def test_the_password_of_the_database_is_in_no_text_of_the_settings() -> None:
     settings = Settings(_env_file=None, mongodb_url=url)
     assert settings.url == url
     assert "s3cret" not in repr(settings) + str(settings) + settings.database_name
-    assert without_password("mongodb://ada:p@ss/w:rd@db/chat") == "mongodb://ada@db/chat"
-    assert without_password("mongodb://db:27017/chat?w=1") == "mongodb://db:27017/chat?w=1"
+
+
+@pytest.mark.parametrize(
+    ("url", "without"),
+    [
+        ("mongodb://ada:p@ss/w:rd@db/chat", "mongodb://ada@db/chat"),
+        ("mongodb://ada@db", "mongodb://ada@db"),
+        ("mongodb://db:27017/chat?w=1", "mongodb://db:27017/chat?w=1"),
+        ("mongodb+srv://ada:p@db", "mongodb+srv://ada@db"),
+        ("mongodb://db/?proxyPassword=p&w=1", "mongodb://db/?proxyPassword=***&w=1"),
+        (
+            "mongodb://db/?w=1&authMechanismProperties=AWS_SESSION_TOKEN:t",
+            "mongodb://db/?w=1&authMechanismProperties=***",
+        ),
+    ],
+)
+def test_a_url_is_shown_without_its_password_and_its_secret_options(url: str, without: str) -> None:
+    assert without_password(url) == without
+
+
+@pytest.mark.parametrize(
+    ("authority", "name"),
+    [
+        ("localhost", "localhost"),
+        (" Chat.Example.COM. ", "chat.example.com"),
+        ("chat.example.com:8000", "chat.example.com"),
+        ("127.0.0.1:", "127.0.0.1"),
+        ("[::1]:8000", "[::1]"),
+        ("0:0:0:0:0:0:0:1", "[::1]"),
+        ("[2001:DB8::0:1]", "[2001:db8::1]"),
+        ("", None),
+        (".", None),
+        (":8000", None),
+        ("chat:port", None),
+        ("chat/path", None),
+        ("ada@chat", None),
+        ("[::1", None),
+        ("[1:2]", None),
+        ("chät", None),
+    ],
+)
+def test_a_host_is_compared_by_its_name_alone(authority: str, name: str | None) -> None:
+    assert host_name(authority) == name
+
+
+@pytest.mark.parametrize("hosts", ["", "a,", "a b", "a,http://b", "[x]"])
+def test_hosts_that_are_no_names_are_refused(hosts: str) -> None:
+    assert "is no name or address of a host" in refused(hosts=hosts)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "distance"),
+    [
+        ("CHAT_PORT", "CHAT_PORT", 0),
+        ("CHAT_PROT", "CHAT_PORT", 1),  # two neighbours swapped
+        ("CHAT_PRT", "CHAT_PORT", 1),  # a letter less
+        ("CHAT_POORT", "CHAT_PORT", 1),  # a letter more
+        ("CHAT_PERT", "CHAT_PORT", 1),  # another letter
+        ("CHAT_APIKEY", "CHAT_API_KEY", 0),  # underscores do not count
+        ("CHAT_KEY_API", "CHAT_API_KEY", 0),  # nor does the order of words
+        ("CHAT_MODEL", "CHAT_PORT", 4),
+        ("", "CHAT", 4),
+    ],
+)
+def test_typing_mistakes_are_counted(one: str, other: str, distance: int) -> None:
+    assert spelling_distance(one, other) == spelling_distance(other, one) == distance
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"host": "127.0.0.1", "port": 1}'])
+def test_a_file_that_is_no_record_of_an_engine_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / ENGINE_RECORD).write_text(text)
+    with pytest.raises(OSError, match="is no record of an engine"):
+        Settings(_env_file=None, data_dir=tmp_path).engine_record()
+
+
+def test_the_url_of_the_engine_is_read_from_its_record(tmp_path: Path) -> None:
+    settings = Settings(_env_file=None, data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError):
+        _ = settings.url
+    (tmp_path / ENGINE_RECORD).write_text(data_directory.record(None, "s3cret", for_service=True))
+    with pytest.raises(OSError, match="No engine runs"):
+        _ = settings.url
+    (tmp_path / ENGINE_RECORD).write_text(data_directory.record(1234, "s3cret", for_service=True))
+    assert settings.url.startswith("mongodb://chat-history:s3cret@127.0.0.1:1234/chat_history?")
+    assert "s3cret" not in settings.database_name
