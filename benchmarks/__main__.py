@@ -18,7 +18,8 @@ import pymongo
 from benchmarks import operations, report
 from benchmarks.contestants import BareService, Floor, Service, Worker, free_port
 from benchmarks.operations import LENGTHS, LISTED, OPERATIONS, PAGED, STREAMED, WRITERS, Operation
-from service.embedded import EmbeddedEngine
+from benchmarks.plain import run as plain
+from service.embedded.engine import EmbeddedEngine
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def seed(url: str) -> None:
     with pymongo.MongoClient[dict[str, Any]](url) as client:
         database = client.get_default_database()
         start = datetime.now(UTC) - timedelta(days=30)
-        about = {"title": None, "metadata": {}, "exact_metadata": None, "created_at": start}
+        about: dict[str, Any] = {"title": None, "metadata": {}, "exact_metadata": None, "created_at": start}
         for length in sorted({*LENGTHS, PAGED, STREAMED}):
             name = f"long-{length}"
             counts = {"updated_at": start, "last_seq": length, "message_count": length}
@@ -186,7 +187,16 @@ def main() -> None:
     parser.add_argument("--operation", help="only those whose name contains this")
     parser.add_argument("--only-ours", action="store_true", help="leave out what people use instead")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--plain", action="store_true", help="only the service beside the plain design")
+    plain.add_arguments(parser)
     arguments = parser.parse_args()
+    if not arguments.plain:
+        measure_with_floor(arguments)
+    plain.run(arguments)
+
+
+def measure_with_floor(arguments: argparse.Namespace) -> None:
+    """Measure the service beside its floor and beside what people use instead."""
     with tempfile.TemporaryDirectory() as directory, contextlib.ExitStack() as stack:
         url = arguments.mongodb_url
         if url is None:

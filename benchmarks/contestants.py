@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -28,11 +29,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """Return the CPU time that a process has used: to the nanosecond on Linux, else to the tick."""
+    if sys.platform == "linux":
+        return time.clock_gettime(~process.pid << 3 | 2)  # its clock, as clock_getcpuclockid names it
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 class HttpContestant:
     """A server that is driven over HTTP from this process; its CPU time is the operating system's word."""
 
     def __init__(self, command: list[str], port: int, ready: str, environment: dict[str, str]) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self._command = shlex.join(command)
         self._process = subprocess.Popen(
             command,
             env=os.environ | environment,
@@ -70,19 +80,14 @@ class HttpContestant:
         """Do one request, and return the body of its answer."""
         assert self._session is not None
         async with self._session.request(method, path, **options) as response:
-            body = await response.read()
+            body: bytes = await response.read()
             if response.status >= 300:
                 raise RuntimeError(f"{method} {path}: {response.status} {body[:200]!r}")
             return body
 
     def cpu_seconds(self) -> float:
-        """Return the CPU time that the process has used: to the nanosecond on Linux, else to the tick."""
-        if sys.platform == "linux":
-            return time.clock_gettime(
-                ~self._process.pid << 3 | 2
-            )  # its clock, as clock_getcpuclockid names it
-        times = self._cpu.cpu_times()
-        return float(times.user + times.system)
+        """Return the CPU time that the process has used."""
+        return cpu_seconds(self._cpu)
 
     def resident_bytes(self) -> int:
         """Return the memory that the process holds."""
@@ -218,6 +223,7 @@ class Worker:
     """A process that measures itself, in its own event loop, and is asked by lines of JSON."""
 
     def __init__(self, command: list[str]) -> None:
+        self._command = shlex.join(command)
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -231,7 +237,7 @@ class Worker:
         """Wait until it is ready."""
         while (line := await self._line()) != "ready":
             if not line:
-                raise RuntimeError(f"{self._process.args} ended")
+                raise RuntimeError(f"{self._command} ended")
 
     async def _line(self) -> str:
         assert self._process.stdout is not None
@@ -251,6 +257,6 @@ class Worker:
         self._process.stdin.flush()
         line = await self._line()
         if not line:
-            raise RuntimeError(f"{self._process.args} ended")
+            raise RuntimeError(f"{self._command} ended")
         result: dict[str, Any] = json.loads(line)
         return result

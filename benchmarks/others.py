@@ -22,9 +22,12 @@ class LangChain:
     def __init__(self, url: str) -> None:
         from langchain_mongodb import MongoDBChatMessageHistory
 
-        self._make = lambda name: MongoDBChatMessageHistory(
-            url, session_id=name, database_name="langchain", collection_name="history"
-        )
+        def make(name: str) -> Any:
+            return MongoDBChatMessageHistory(
+                url, session_id=name, database_name="langchain", collection_name="history"
+            )
+
+        self._make = make
         self._open: dict[str, Any] = {}
 
     def _history(self, name: str) -> Any:
@@ -83,10 +86,11 @@ def contestant(which: str, url: str, directory: str) -> Any:
 
     engine = create_async_engine(f"sqlite+aiosqlite:///{Path(directory) / 'sessions.db'}")
 
-    @event.listens_for(engine.sync_engine, "connect")
     def durable(connection: Any, _: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
+
+    event.listen(engine.sync_engine, "connect", durable)
 
     return Agents(lambda name: SQLAlchemySession(name, engine=engine, create_tables=True))
 

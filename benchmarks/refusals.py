@@ -50,7 +50,8 @@ class Kind:
 def filled(frame: str, each: Callable[[int], str], size: int = MOST) -> bytes:
     """Put as many pieces as the size allows, commas between, into the frame at `@`."""
     before, after = frame.split("@")
-    room, pieces = size - len(frame), []
+    room = size - len(frame)
+    pieces: list[str] = []
     for index in itertools.count():
         piece = each(index)
         room -= len(piece.encode()) + 1

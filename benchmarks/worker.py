@@ -12,6 +12,9 @@ import os
 import sys
 from typing import Any
 
+from service.history.store import ConversationStore
+from service.tenancy import TenantScope
+
 os.environ.setdefault("MOTOR_MAX_WORKERS", "32")
 
 from motor.motor_asyncio import AsyncIOMotorClient
@@ -54,7 +57,7 @@ async def record(url: str) -> dict[str, list[Any]]:
     database = Database(settings)
     await database.open()
     monitoring._LISTENERS.command_listeners.remove(recorder)  # only that one client  # noqa: SLF001
-    chat = ChatService(database, settings)
+    chat = ChatService(ConversationStore(database, settings), TenantScope())
     found: dict[str, list[Any]] = {}
     for operation in operations.OPERATIONS:
         recorder.finds.clear()
