@@ -1,18 +1,37 @@
-# The service alone, for use with a MongoDB of its own (see docker-compose.yml).
-FROM python:3.13-slim
+# syntax=docker/dockerfile:1
+# The service with its embedded engine, and everything that a setting can ask for (TLS, tokens, traces).
+#   docker build --tag chat-history .
+#   docker run -v data:/data -p 127.0.0.1:8000:8000 -e CHAT_INSECURE=true chat-history
+# `--build-arg EXTRAS=jwt,otel` leaves the engine out, for use with a MongoDB (see docker-compose.yml).
+FROM python:3.13-slim AS build
+ARG EXTRAS=embedded,jwt,otel
+WORKDIR /src
+RUN python -m venv /app
+ENV PIP_CONSTRAINT=/src/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CACHE_DIR=/var/cache/pip
 
-WORKDIR /app
-COPY pyproject.toml constraints.txt README.md ./
+# First what is installed, which changes seldom, so an edit of the service installs nothing anew. Of the
+# service there is only an empty package, without which its dependencies cannot be read.
+COPY constraints.txt pyproject.toml ./
+RUN --mount=type=cache,target=/var/cache/pip \
+    mkdir service && touch README.md service/__init__.py && /app/bin/pip install ".[$EXTRAS]"
+COPY README.md ./
 COPY service ./service
-RUN PIP_CONSTRAINT=constraints.txt pip install --no-cache-dir .
+RUN --mount=type=cache,target=/var/cache/pip \
+    /app/bin/pip install --no-deps --force-reinstall . && /app/bin/python -m compileall -q /app/lib
 
-# Not root, and nothing in the image is this user's to write.
-RUN useradd --system --uid 10001 chat
+FROM python:3.13-slim
+COPY --from=build /app /app
+# Not root. Of the image, only the data directory is this user's to write.
+RUN useradd --system --uid 10001 --home-dir /data chat && install -d -o chat -g chat -m 0700 /data
 USER 10001
-
+WORKDIR /data
+VOLUME /data
 # Beyond the machine it wants authentication: give it CHAT_AUTH=key and a CHAT_API_KEY.
-ENV CHAT_HOST=0.0.0.0 CHAT_PORT=8000 CHAT_LOG_FORMAT=json
+ENV PATH=/app/bin:$PATH PYTHONDONTWRITEBYTECODE=1 \
+    CHAT_HOST=0.0.0.0 CHAT_PORT=8000 CHAT_DATA_DIR=/data CHAT_LOG_FORMAT=json
 EXPOSE 8000
-HEALTHCHECK --interval=5s --timeout=3s --start-period=10s --retries=12 \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health/ready', timeout=2)"]
-CMD ["chat-history", "serve"]
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --start-interval=1s --retries=3 \
+    CMD ["chat-history", "health"]
+ENTRYPOINT ["chat-history"]
+CMD ["serve"]
