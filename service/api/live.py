@@ -169,8 +169,15 @@ def _encoded(event: LiveEvent, show: Callable[[Json], Json]) -> bytes:
     elif event.kind in {"message", "updated"}:
         data = show(data)
     position = f"id: {event.position}\n" if event.position is not None else ""
-    # JSON has no line end outside of its strings, and none unescaped in them.
-    return b"%bevent: %b\ndata: %b\n\n" % (position.encode(), event.kind.encode(), bodies.dumps(data))
+    # JSON has no line end of the standard outside of its strings, and none unescaped in them. Readers that
+    # know more line ends than the standard (httpx's `iter_lines` does) would cut a text in two at these.
+    text = bodies.dumps(data)
+    for line_end, escaped in _OTHER_LINE_ENDS:
+        text = text.replace(line_end, escaped)
+    return b"%bevent: %b\ndata: %b\n\n" % (position.encode(), event.kind.encode(), text)
+
+
+_OTHER_LINE_ENDS = [(chr(each).encode(), b"\\u%04x" % each) for each in (0x85, 0x2028, 0x2029)]
 
 
 async def _with_pauses(
