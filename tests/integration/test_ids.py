@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
 import pymongo
 import pytest
 
 from chat_history_client import ChatHistoryClient
 from tests.harness import Service, command, new_key, running
+from tests.live import tail
 from tests.strategies import LIKE_OTHERS, REAL_IDS, many_ids
 from tests.tokens import AUDIENCE, ISSUER, Issuer
 
+# 10,000 messages with ids of their own. Each id is in every call of many messages, and in one of those that
+# name a message.
 CONVERSATIONS = 100
-MESSAGES = 12
+MESSAGES = 100
 TOKEN_USERS = 100
 OWN_KEY = "a-key-of-the-operators-own"
 
@@ -47,6 +51,7 @@ class Wire:
         self.http = HTTPConnection("127.0.0.1", service.port, timeout=60)
         self.headers = {"Authorization": f"Bearer {credential}"} if credential else {}
         self.answered: dict[str, str] = {}
+        self.called: set[tuple[str, str]] = set()
 
     def __call__(
         self, method: str, *steps: str, body: Any = None, headers: dict[str, str] | None = None, **query: Any
@@ -54,6 +59,7 @@ class Wire:
         """Send a request to the path of these steps, each of them encoded; return the status and the JSON."""
         parameters = "&".join(f"{name.rstrip('_')}={encoded(str(value))}" for name, value in query.items())
         url = f"{path_of(*steps)}?{parameters}" if query else path_of(*steps)
+        self.called.add((method, template_of(method, steps)))
         sent = {"Content-Type": "application/json", **self.headers, **(headers or {})}
         self.http.request(method, url, None if body is None else json.dumps(body), sent)
         response = self.http.getresponse()
@@ -72,12 +78,40 @@ def path_of(*steps: str) -> str:
     return "".join(f"/{encoded(each)}" for each in steps)
 
 
-def cases(seed: int) -> list[Case]:
+def operations() -> set[tuple[str, str]]:
+    """The calls of the API in which an id can stand: all but those of health."""
+    described = json.loads(OPENAPI.read_text())["paths"]
+    return {
+        (method.upper(), path)
+        for path, methods in described.items()
+        for method in methods
+        if not path.startswith("/health")
+    }
+
+
+def template_of(method: str, steps: tuple[str, ...]) -> str:
+    """The path of the description that these steps fill in."""
+    for described, path in OPERATIONS:
+        parts = path.strip("/").split("/")
+        if (described, len(parts)) == (method, len(steps)) and all(
+            part == step or part.startswith("{") for part, step in zip(parts, steps, strict=True)
+        ):
+            return path
+    raise AssertionError(f"no call of the API: {method} {steps}")
+
+
+OPENAPI = Path(__file__).parents[2] / "docs" / "openapi.json"
+OPERATIONS = operations()
+
+
+def cases(seed: int, messages: int = 12) -> list[Case]:
     """Cases with ids that are all different, those among them that are easily taken for one another."""
     users, conversations = (many_ids(seed + n, CONVERSATIONS) for n in (0, 1))
     random.Random(seed).shuffle(users)
+    drawn = many_ids(seed + 2, CONVERSATIONS * messages)
+    random.Random(seed).shuffle(drawn)
     return [
-        Case(user, conversation, many_ids(seed + 2 + n, MESSAGES, samples=False))
+        Case(user, conversation, drawn[n * messages : (n + 1) * messages])
         for n, (user, conversation) in enumerate(zip(users, conversations, strict=True))
     ]
 
@@ -135,16 +169,23 @@ def create_all(wire: Wire, made: list[Case]) -> None:
 
 
 def test_every_native_call_means_the_ids_that_it_names(alone: Service, wire: Wire) -> None:
-    made = cases(1)
+    made = cases(1, MESSAGES)
     create_all(wire, made)
+    assert len({each for case in made for each in case.messages}) == 10_000
     for case, other in zip(made, [*made[1:], made[0]], strict=True):
         read_natively(wire, case, other)
     done = command(alone, "verify")
     assert (done.returncode, f" {len(made) * MESSAGES} messages, 0 violations" in done.stdout) == (0, True)
     wire.http.close()  # the service has closed it meanwhile, or will; it is opened again
     for case in made:
+        name_each_message(wire, case)
+    for case in made:
         change_natively(wire, case)
+        follow(alone, wire, case)
+        remove_natively(wire, case)
     assert wire("GET", "conversations", user_id=made[0].user)[1]["data"] == []
+    native = {(method, path) for method, path in OPERATIONS if not path.startswith("/v1/")}
+    assert native <= wire.called
 
 
 def read_natively(wire: Wire, case: Case, other: Case) -> None:
@@ -155,15 +196,16 @@ def read_natively(wire: Wire, case: Case, other: Case) -> None:
     assert wire("POST", "conversations", body={**owner, "id": case.conversation})[0] == 200
     assert wire("POST", "conversations", body={"user_id": other.user, "id": case.conversation})[0] == 409
     assert names(wire("GET", "conversations", **owner)[1]) == [case.conversation]
-    history = wire("GET", *at, "messages", **owner)[1]
+    history = wire("GET", *at, "messages", limit=MESSAGES, **owner)[1]
     assert names(history) == case.messages
     assert {(each["conversation_id"], each["user_id"]) for each in history["data"]} == {
         (case.conversation, case.user)
     }
     lines = wire("GET", *at, "messages", headers={"Accept": "application/x-ndjson"})[1]
     assert [each["id"] for each in lines] == case.messages
-    for message in case.messages[:2]:
-        assert wire("GET", *at, "messages", message, **owner)[1]["content"] == message
+    cut = wire("GET", *at, "context", max_messages=MESSAGES, **owner)[1]
+    assert [each["content"] for each in cut["messages"]] == case.messages
+    assert wire("GET", *at, "context", max_messages=1, user_id=other.user)[0] == 404
     assert wire("GET", *at, "messages", "absent", **owner)[0] == 404
     repeated = [{"role": "user", "id": each, "content": each} for each in case.messages]
     assert wire("POST", *at, "messages", body={"messages": repeated}, **owner)[0] == 200
@@ -172,23 +214,80 @@ def read_natively(wire: Wire, case: Case, other: Case) -> None:
     assert [line["message"]["id"] for line in export[2:-1]] == case.messages
 
 
+def name_each_message(wire: Wire, case: Case) -> None:
+    """Use each id in one of the calls that name a message; all but the first twelve are gone after it."""
+    at = ("conversations", case.conversation)
+    below_v1 = ("v1", *at)
+    owner: Any = {"user_id": case.user}
+    header = {"X-User-Id": encoded(case.user)}
+    kept, named = case.messages[:12], case.messages[12:]
+    # A change costs several times what a read does, so there are fewer of them.
+    ways = ["read", "read", "read item", "read item", "list behind", "list behind", "replace", "delete"]
+    for n, message in enumerate(named):
+        way = ways[n % len(ways)]
+        if way == "replace":
+            new = {"role": "user", "content": ["new", message]}
+            answer = wire("PUT", *at, "messages", message, body=new, **owner)[1]
+            assert (answer["id"], answer["content"], answer["revision"]) == (message, new["content"], 1)
+        elif way == "delete":
+            assert wire("DELETE", *at, "messages", message, **owner)[0] == 204
+            assert wire("GET", *at, "messages", message, **owner)[0] == 404
+        elif way == "read" or is_part(message):
+            assert wire("GET", *at, "messages", message, **owner)[1]["content"] == message
+        elif way == "read item":
+            assert wire("GET", *below_v1, "items", message, headers=header)[1]["id"] == message
+        else:
+            rest = wire("GET", *below_v1, "items", after=message, order="asc", limit=1, headers=header)
+            following = named[n + 1 : n + 2]
+            assert names(rest[1]) == [f"{each},,0" if is_part(each) else each for each in following]
+    left = [{"role": "user", "id": each, "content": each} for each in kept]
+    assert wire("PUT", *at, "messages", body={"messages": left}, **owner)[0] == 200
+    assert names(wire("GET", *at, "messages", **owner)[1]) == kept
+    assert wire("DELETE", *at, "messages", named[-1], **owner)[0] == 404
+
+
 def change_natively(wire: Wire, case: Case) -> None:
     at = ("conversations", case.conversation)
     owner: Any = {"user_id": case.user}
     assert wire("PATCH", *at, body={"title": "new"}, **owner)[1]["id"] == case.conversation
-    assert wire("POST", *at, "pop", **owner)[1]["id"] == case.messages[-1]
+    summed = wire("POST", *at, "checkpoints", body={"upto_seq": 2, "summary": case.user}, **owner)[1]
+    assert wire("GET", *at, "checkpoints", **owner)[1]["data"] == [summed]
+    assert wire("DELETE", *at, "checkpoints", summed["id"], **owner)[0] == 204
+    assert wire("POST", *at, "pop", **owner)[1]["id"] == case.messages[11]
     assert wire("DELETE", *at, "messages", case.messages[0], **owner)[0] == 204
     assert wire("DELETE", *at, "messages", case.messages[0], **owner)[0] == 404
     assert wire("DELETE", *at, "messages", after=3, **owner)[0] == 204
     assert names(wire("GET", *at, "messages", **owner)[1]) == case.messages[1:3]
     one = wire("POST", *at, "messages", body={"role": "user", "id": case.messages[0]}, **owner)
     assert (one[0], one[1]["id"]) == (201, case.messages[0])
+
+
+def follow(alone: Service, wire: Wire, case: Case) -> None:
+    """The list of the user, and the conversation, as those who follow them are told."""
+    wire.called.add(("GET", "/events"))
+    key = {"Authorization": f"Bearer {OWN_KEY}"}
+    with httpx.Client(base_url=alone.url, headers=key) as http:
+        with tail(http, f"/events?user_id={encoded(case.user)}") as told:
+            assert next(told)["event"] == "head"
+            wire("PATCH", "conversations", case.conversation, body={"title": "newer"}, user_id=case.user)
+            changed = next(each for each in told if each["event"] == "changed")["data"]
+            assert (changed["id"], changed["user_id"]) == (case.conversation, case.user)
+        path = path_of("conversations", case.conversation, "messages")
+        with tail(http, f"{path}?after=0&user_id={encoded(case.user)}") as told:
+            first = next(told)["data"]
+            assert (first["id"], first["conversation_id"]) == (case.messages[1], case.conversation)
+
+
+def remove_natively(wire: Wire, case: Case) -> None:
+    at = ("conversations", case.conversation)
     counted = wire("DELETE", "users", case.user, dry_run="true")[1]
     assert counted == {"user_id": case.user, "conversations": 1, "messages": 3, "dry_run": True}
     if len(case.user) % 2:
         assert wire("DELETE", "users", case.user)[1]["messages"] == 3
+        # Only an erasure that goes on in the background has a receipt to ask for (test_erasures).
+        assert wire("GET", "users", case.user, "erasures", case.user)[0] == 404
     else:
-        assert wire("DELETE", *at, **owner)[0] == 204
+        assert wire("DELETE", *at, user_id=case.user)[0] == 204
     assert wire("GET", *at)[0] == 404
 
 
@@ -228,6 +327,7 @@ def test_every_call_below_v1_means_the_ids_that_it_names(wire: Wire) -> None:
         # A conversation with an id of one's own is created natively.
         assert wire("POST", "conversations", body={"user_id": case.user, "id": case.conversation})[0] == 201
         use_openai(wire, case, {"X-User-Id": encoded(other.user)})
+    assert {each for each in OPERATIONS if each[1].startswith("/v1/")} <= wire.called
 
 
 def use_openai(wire: Wire, case: Case, another: dict[str, str]) -> None:
@@ -379,10 +479,10 @@ def test_a_key_reaches_only_its_tenant_and_an_import_goes_there(
     assert command(alone, "import", "--user", made[1].user, str(files[0])).returncode == 1
     wire.http.close()
     for case in made:
-        assert wire("DELETE", "users", case.user)[1]["messages"] == MESSAGES
+        assert wire("DELETE", "users", case.user)[1]["messages"] == len(case.messages)
     reader = Wire(alone, new_key(alone, "read", "admin", tenant="a/b"))
     with contextlib.closing(reader.http):
-        assert len(reader("GET", "users", made[0].user, "export")[1]) == MESSAGES + 3
+        assert len(reader("GET", "users", made[0].user, "export")[1]) == len(made[0].messages) + 3
     done = command(alone, "verify")
     assert (done.returncode, " 0 violations" in done.stdout) == (0, True), done.stdout
 
