@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from service.access.api_keys import ApiKeys
 from service.access.audit import Audit
 from service.access.authentication import Authenticator
-from service.api import context, conversations, live, messages, meta, problems, replacements, users
+from service.api import appends, context, conversations, live, messages, meta, problems, replacements, users
 from service.api.dependencies import Resources
 from service.api.middleware import authentication, browsers, request_log
 from service.api.openai import conversations as openai_conversations
@@ -52,6 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.include_router(conversations.router)
+    app.include_router(appends.router)
     app.include_router(messages.router)
     app.include_router(messages.pop_router)
     app.include_router(replacements.router)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+)
 from starlette.responses import Response
 
 from service import errors
@@ -13,16 +20,122 @@ from service.api.bodies import json_response
 from service.api.dependencies import Chat, CheckpointId, ConversationId
 from service.api.problems import error_responses
 from service.api.schemas import (
-    CheckpointList,
-    CheckpointOut,
-    ContextOut,
-    ContextQuery,
-    NewCheckpoint,
+    Closed,
     OwnerQuery,
     Reference,
+    digits,
 )
 from service.chat_service import ContextRequest, ShortenedResults
+from service.documents import Seq
 from service.errors import InvalidRequest
+from service.tenancy import Id
+
+_Most = Annotated[int, Field(ge=1, le=10**9)]
+
+
+Most = Annotated[_Most, digits(_Most)]
+
+
+class ContextQuery(OwnerQuery):
+    """The query of the context of a model call; exactly one of the three maxima is given."""
+
+    max_tokens: Most | None = Field(None, description="The most tokens that the context may have.")
+    max_messages: Most | None = Field(None, description="The most messages that the context may have.")
+    max_turns: Most | None = Field(None, description="The most turns that the context may have.")
+    keep_ratio: float = Field(
+        0.7, ge=0, le=1, description="How much is kept, about, when the context has to be cut down."
+    )
+    format: Literal["native", "openai", "responses", "anthropic"] = "native"
+    tool_results: (
+        Annotated[str, Field(pattern=r"^(keep:\d{1,9}|over:\d{1,9}|keep:\d{1,9},over:\d{1,9})$")] | None
+    ) = Field(
+        None,
+        description="`keep:3,over:2000`: results that are older than the newest 3, and have more than "
+        "2,000 tokens, become a text that names their message. What is left out is 0.",
+    )
+    repair: Literal["placeholder", "none"] | None = Field(
+        None,
+        description="What to do about calls without a result that are not in the last step. `placeholder` "
+        "gives them one, and is the default but for `native`.",
+    )
+
+
+class LeftOut(BaseModel):
+    """How much of the conversation is not in its context."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Seq
+    tokens: Seq | None = Field(description="Null where messages of an earlier version or an import begin it.")
+
+
+class ContextCall(BaseModel):
+    """A call of a tool without a result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tool_call_id: str
+    name: str
+    message_id: Id
+
+
+_UptoSeq = Annotated[int, Field(ge=1, le=2**63 - 1)]
+
+
+def _whole(value: Any) -> Any:
+    """Read `5.0` as 5, because JSON has one type of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class NewCheckpoint(Closed):
+    """A summary of the history up to a seq, at which a turn ends."""
+
+    upto_seq: Annotated[_UptoSeq, BeforeValidator(_whole, json_schema_input_type=_UptoSeq)]
+    summary: str = Field(min_length=1, max_length=65_536)
+    metadata: dict[str, Any] | None = None
+
+
+class CheckpointOut(BaseModel):
+    """A checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: Id
+    conversation_id: Id
+    user_id: Id
+    upto_seq: Annotated[Seq, Field(ge=1)]
+    created_at: AwareDatetime
+    summary: str
+    metadata: dict[str, Any] | None
+
+
+class CheckpointList(BaseModel):
+    """All checkpoints of a conversation, newest first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: list[CheckpointOut]
+
+
+class ContextOut(BaseModel):
+    """The context of a model call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    system: list[dict[str, Any]] | None = Field(None, description="Only with `format=anthropic`.")
+    messages: list[dict[str, Any]] = Field(description="In the form that `format` names.")
+    from_seq: Seq | None = Field(description="The first message behind the head and the summary.")
+    to_seq: Seq | None
+    last_seq: Seq
+    version: Seq
+    tokens: Seq
+    tokens_estimated: bool = Field(description="Whether any message has no `token_count` of its own.")
+    over_budget: bool = Field(description="Whether the head, or the head and the last step, is too large.")
+    left_out: LeftOut
+    checkpoint: CheckpointOut | None
+    open_tool_calls: list[ContextCall]
+    synthetic: list[ContextCall] = Field(description="The calls that got a result that says there is none.")
+
 
 router = APIRouter(prefix="/conversations/{conversation_id:id}", tags=["context"])
 Owner = Annotated[OwnerQuery, dependencies.query(OwnerQuery)]

@@ -8,35 +8,47 @@ from __future__ import annotations
 import hmac
 from importlib.resources import files as resources_of
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
+from pydantic import (
+    BaseModel,
+    Field,
+)
 from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
 
 from service.api import problems
 from service.api.bodies import json_response
+from service.api.context import NewCheckpoint
 from service.api.dependencies import COMMIT_HEADER, no_query, resources
 from service.api.examples import EXAMPLES
 from service.api.middleware import authentication
 from service.api.openai import schemas as openai_schemas
 from service.api.problems import error_responses
+from service.api.replacements import History, Replacement
 from service.api.schemas import (
     ConversationChanges,
-    Health,
-    History,
-    NewCheckpoint,
     NewConversation,
     NewItems,
     NewMessage,
     NewMessages,
-    Replacement,
 )
 from service.errors import DatabaseUnavailable, Unauthenticated
 from service.settings import Settings
 from service.telemetry import metrics
+
+
+class Health(BaseModel):
+    """The state of the service."""
+
+    status: Literal["live", "ready"]
+    missing_indexes: list[str] = Field(
+        [], description="The indexes that are being built, if there are any. Calls that use them are slower."
+    )
+
 
 router = APIRouter(prefix="/health", tags=["health"], dependencies=[Depends(no_query)])
 metrics_router = APIRouter(tags=["metrics"], include_in_schema=False)

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import (
+    ConfigDict,
+    Field,
+)
 from starlette.responses import Response
 
 from service import errors
@@ -13,20 +17,60 @@ from service.api.bodies import json_response
 from service.api.dependencies import Chat, ConversationId, MessageId
 from service.api.problems import error_responses
 from service.api.schemas import (
-    History,
+    Closed,
     MessageOut,
     MessagePage,
-    PutHistoryQuery,
-    PutQuery,
+    NewMessage,
     Reference,
     References,
-    Replacement,
+    SeqParameter,
+    WriteQuery,
 )
 from service.chat_service import NewMessage as Message
 from service.chat_service import PreparedBatch
+from service.documents import MessageFields
 from service.errors import InvalidRequest
 from service.formats import strict_json
 from service.formats.strict_json import Json
+from service.tenancy import Id
+
+
+class NamedMessage(NewMessage):
+    """A message with an id, by which it is found again."""
+
+    id: Id
+
+
+def _without_id(schema: dict[str, Any]) -> None:
+    """Declare for OpenAPI that the id is in the path; a body may repeat it."""
+    schema["not"] = {"required": ["id"]}
+
+
+class Replacement(MessageFields):
+    """What a message is replaced with. Fields that are not listed here are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_without_id)
+
+
+class History(Closed):
+    """The messages that the history is to have, in order."""
+
+    messages: list[NamedMessage] = Field(max_length=1_000)
+
+
+class PutQuery(WriteQuery):
+    """The query of replacing a message."""
+
+    upsert: bool = Field(False, description="Append the message if there is none with this id.")
+
+
+class PutHistoryQuery(WriteQuery):
+    """The query of replacing a history."""
+
+    after: SeqParameter | None = Field(
+        None, description="Keep the messages up to this seq, and replace what follows; 0 if it is left out."
+    )
+
 
 router = APIRouter(prefix="/conversations/{conversation_id:id}/messages", tags=["messages"])
 _ERRORS = (

@@ -56,11 +56,13 @@ def _text(value: Any) -> Any:
 TextTime = Annotated[Time, Field(strict=False), BeforeValidator(_text, json_schema_input_type=AwareDatetime)]
 
 
-class _Closed(BaseModel):
+class Closed(BaseModel):
+    """A body, or a part of one, that has no other fields and no values of other types."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class NewConversation(_Closed):
+class NewConversation(Closed):
     """A conversation to get or create."""
 
     user_id: Id
@@ -73,7 +75,7 @@ class NewConversation(_Closed):
     )
 
 
-class ConversationChanges(_Closed):
+class ConversationChanges(Closed):
     """The fields to change. A field that is left out stays as it is; null clears it."""
 
     title: Title | None = None
@@ -95,7 +97,7 @@ class NewMessage(MessageFields):
     )
 
 
-class AppendedConversation(_Closed):
+class AppendedConversation(Closed):
     """The conversation that an append creates if it is not there; an existing one stays as it is."""
 
     user_id: Id
@@ -103,7 +105,7 @@ class AppendedConversation(_Closed):
     metadata: dict[str, Any] | None = None
 
 
-class _Append(_Closed):
+class _Append(Closed):
     conversation: AppendedConversation = Field(
         AppendedConversation.model_construct(user_id=""),
         description="Create the conversation first, if it is not there. It must belong to this user.",
@@ -115,29 +117,6 @@ class NewMessages(_Append):
     """A batch of messages, appended whole or not at all."""
 
     messages: list[NewMessage] = Field(min_length=1, max_length=1_000)
-
-
-class NamedMessage(NewMessage):
-    """A message with an id, by which it is found again."""
-
-    id: Id
-
-
-def _without_id(schema: dict[str, Any]) -> None:
-    """Declare for OpenAPI that the id is in the path; a body may repeat it."""
-    schema["not"] = {"required": ["id"]}
-
-
-class Replacement(MessageFields):
-    """What a message is replaced with. Fields that are not listed here are kept as they are."""
-
-    model_config = ConfigDict(extra="allow", json_schema_extra=_without_id)
-
-
-class History(_Closed):
-    """The messages that the history is to have, in order."""
-
-    messages: list[NamedMessage] = Field(max_length=1_000)
 
 
 def _message_with_role(schema: dict[str, Any]) -> None:
@@ -273,15 +252,6 @@ class MessageItemsPage(BaseModel):
     next: int | None
 
 
-class Health(BaseModel):
-    """The state of the service."""
-
-    status: Literal["live", "ready"]
-    missing_indexes: list[str] = Field(
-        [], description="The indexes that are being built, if there are any. Calls that use them are slower."
-    )
-
-
 class ListQuery(BaseModel):
     """The query of a list of conversations."""
 
@@ -329,20 +299,6 @@ class ViewQuery(OwnerQuery):
     )
 
 
-class PutQuery(WriteQuery):
-    """The query of replacing a message."""
-
-    upsert: bool = Field(False, description="Append the message if there is none with this id.")
-
-
-class PutHistoryQuery(WriteQuery):
-    """The query of replacing a history."""
-
-    after: SeqParameter | None = Field(
-        None, description="Keep the messages up to this seq, and replace what follows; 0 if it is left out."
-    )
-
-
 class PopQuery(ViewQuery, WriteQuery):
     """The query of taking the newest message."""
 
@@ -353,138 +309,6 @@ class DeleteMessagesQuery(WriteQuery):
     after: SeqParameter | None = Field(
         None, description="Keep the messages up to this seq; without it all messages are deleted."
     )
-
-
-class EraseQuery(BaseModel):
-    """The query of an erasure."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    dry_run: bool = Field(False, description="Count conversations and messages, and remove nothing.")
-
-
-class EraseReceipt(BaseModel):
-    """The counts that an erasure removed, or would remove."""
-
-    user_id: Id
-    conversations: Seq
-    messages: Seq
-    dry_run: bool
-
-
-class ErasureProgress(BaseModel):
-    """An erasure: the counts of what is gone so far or, when it is done, of all that was removed."""
-
-    id: Id
-    user_id: Id
-    state: Literal["running", "done"]
-    conversations: Seq
-    messages: Seq
-
-
-_Most = Annotated[int, Field(ge=1, le=10**9)]
-Most = Annotated[_Most, digits(_Most)]
-
-
-class ContextQuery(OwnerQuery):
-    """The query of the context of a model call; exactly one of the three maxima is given."""
-
-    max_tokens: Most | None = Field(None, description="The most tokens that the context may have.")
-    max_messages: Most | None = Field(None, description="The most messages that the context may have.")
-    max_turns: Most | None = Field(None, description="The most turns that the context may have.")
-    keep_ratio: float = Field(
-        0.7, ge=0, le=1, description="How much is kept, about, when the context has to be cut down."
-    )
-    format: Literal["native", "openai", "responses", "anthropic"] = "native"
-    tool_results: (
-        Annotated[str, Field(pattern=r"^(keep:\d{1,9}|over:\d{1,9}|keep:\d{1,9},over:\d{1,9})$")] | None
-    ) = Field(
-        None,
-        description="`keep:3,over:2000`: results that are older than the newest 3, and have more than "
-        "2,000 tokens, become a text that names their message. What is left out is 0.",
-    )
-    repair: Literal["placeholder", "none"] | None = Field(
-        None,
-        description="What to do about calls without a result that are not in the last step. `placeholder` "
-        "gives them one, and is the default but for `native`.",
-    )
-
-
-class LeftOut(BaseModel):
-    """How much of the conversation is not in its context."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    messages: Seq
-    tokens: Seq | None = Field(description="Null where messages of an earlier version or an import begin it.")
-
-
-class ContextCall(BaseModel):
-    """A call of a tool without a result."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    tool_call_id: str
-    name: str
-    message_id: Id
-
-
-_UptoSeq = Annotated[int, Field(ge=1, le=2**63 - 1)]
-
-
-def _whole(value: Any) -> Any:
-    """Read `5.0` as 5, because JSON has one type of numbers."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-class NewCheckpoint(_Closed):
-    """A summary of the history up to a seq, at which a turn ends."""
-
-    upto_seq: Annotated[_UptoSeq, BeforeValidator(_whole, json_schema_input_type=_UptoSeq)]
-    summary: str = Field(min_length=1, max_length=65_536)
-    metadata: dict[str, Any] | None = None
-
-
-class CheckpointOut(BaseModel):
-    """A checkpoint."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    id: Id
-    conversation_id: Id
-    user_id: Id
-    upto_seq: Annotated[Seq, Field(ge=1)]
-    created_at: AwareDatetime
-    summary: str
-    metadata: dict[str, Any] | None
-
-
-class CheckpointList(BaseModel):
-    """All checkpoints of a conversation, newest first."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    data: list[CheckpointOut]
-
-
-class ContextOut(BaseModel):
-    """The context of a model call."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    system: list[dict[str, Any]] | None = Field(None, description="Only with `format=anthropic`.")
-    messages: list[dict[str, Any]] = Field(description="In the form that `format` names.")
-    from_seq: Seq | None = Field(description="The first message behind the head and the summary.")
-    to_seq: Seq | None
-    last_seq: Seq
-    version: Seq
-    tokens: Seq
-    tokens_estimated: bool = Field(description="Whether any message has no `token_count` of its own.")
-    over_budget: bool = Field(description="Whether the head, or the head and the last step, is too large.")
-    left_out: LeftOut
-    checkpoint: CheckpointOut | None
-    open_tool_calls: list[ContextCall]
-    synthetic: list[ContextCall] = Field(description="The calls that got a result that says there is none.")
 
 
 class HistoryQuery(ViewQuery):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Request
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+)
 from starlette.responses import Response
 
 from service import errors
@@ -13,9 +18,37 @@ from service.api import bodies, dependencies, paths
 from service.api.bodies import NDJSON, json_response
 from service.api.dependencies import UserDataOf
 from service.api.problems import error_responses
-from service.api.schemas import EraseQuery, EraseReceipt, ErasureProgress
+from service.documents import Seq
 from service.tenancy import Id
 from service.user_data.erasure import ErasureState
+
+
+class EraseQuery(BaseModel):
+    """The query of an erasure."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = Field(False, description="Count conversations and messages, and remove nothing.")
+
+
+class EraseReceipt(BaseModel):
+    """The counts that an erasure removed, or would remove."""
+
+    user_id: Id
+    conversations: Seq
+    messages: Seq
+    dry_run: bool
+
+
+class ErasureProgress(BaseModel):
+    """An erasure: the counts of what is gone so far or, when it is done, of all that was removed."""
+
+    id: Id
+    user_id: Id
+    state: Literal["running", "done"]
+    conversations: Seq
+    messages: Seq
+
 
 router = APIRouter(prefix="/users/{user_id:id}", tags=["users"])
 UserId = Annotated[Id, Path(description="The user's id.")]

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import data, health, serve
+from service.cli import data, health, keys, serve
 from service.cli.context import say
 
 app = typer.Typer(
@@ -45,7 +45,7 @@ app.command("expire")(data.expire)
 app.command("indexes")(data.indexes)
 app.command("mongo-url")(data.mongo_url)
 app.command("verify")(data.verify)
-app.add_typer(data.keys, name="keys")
+app.add_typer(keys.commands, name="keys")
 
 
 def main() -> None:

