@@ -17,21 +17,18 @@ has a place in it, `seq`, that it never leaves. The invariants, each with the te
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Unpack
+from typing import Any
 
+from service.chat_reader import ChatReader
 from service.formats.strict_json import Json
 from service.history import (
     checkpoints,
-    context,
     creating,
     deleting,
     group_commit,
-    listing,
-    live,
     new_messages,
-    reading,
     replacing,
 )
 from service.history.appending import AppendResult
@@ -41,12 +38,11 @@ from service.history.creating import UNSET
 from service.history.listing import ConversationPage, ListPosition
 from service.history.live import LiveEvent
 from service.history.new_messages import NewMessage, PreparedBatch
-from service.history.reading import HistoryFilter, MessagePage, Order
+from service.history.reading import HistoryFilter, MessagePage
 from service.history.records import ConversationRecord
 from service.history.replacing import PutResult
 from service.history.state import ServiceState, service_state
 from service.history.store import ConversationStore
-from service.tenancy import TenantScope
 
 __all__ = [
     "UNSET",
@@ -71,21 +67,13 @@ __all__ = [
 ]
 
 
-class ChatService:
+class ChatService(ChatReader):
     """The verbs, limited to a tenant, or to one user of it: nothing else exists for the caller.
 
-    Wherever a `user_id` may be given, the conversation must be that user's; one that is not raises
-    ConversationNotFound, just as one that does not exist. Every verb may raise DatabaseUnavailable. Messages
-    are plain dicts: `id`, `conversation_id`, `user_id`, `seq` (int), `created_at` (aware datetime, UTC,
-    milliseconds), then the caller's fields in the caller's order.
-
     A verb that writes takes a `condition`, and raises Stale where the conversation does not meet it; nothing
-    is changed then. A repetition of a write that was done is answered as such, and not as stale.
+    is changed then. A repetition of a write that was done is answered as such, and not as stale. Those that
+    only read are in `ChatReader`, with what holds for all.
     """
-
-    def __init__(self, store: ConversationStore, scope: TenantScope) -> None:
-        self._store = store
-        self._scope = scope
 
     # -- conversations -----------------------------------------------------------------------------
 
@@ -135,14 +123,6 @@ class ChatService:
             idempotency_key=idempotency_key,
         )
 
-    async def get_conversation(self, conversation_id: str, user_id: str | None = None) -> ConversationRecord:
-        """Return the conversation. Raises ConversationNotFound."""
-        return await reading.conversation(self._store, self._scope.conversation(conversation_id, user_id))
-
-    async def get_version(self, conversation_id: str, user_id: str | None = None) -> int:
-        """Return how often the history changed. Raises ConversationNotFound."""
-        return await reading.version(self._store, self._scope.conversation(conversation_id, user_id))
-
     async def update_conversation(
         self,
         conversation_id: str,
@@ -161,22 +141,6 @@ class ChatService:
         return await creating.update(
             self._store, ref, title=title, metadata=metadata, expires_at=expires_at, condition=condition
         )
-
-    async def list_conversations(
-        self, user_id: str | None, *, limit: int | None = None, after: ListPosition | None = None
-    ) -> ConversationPage:
-        """Return a page of the user's conversations, or of all, latest activity first, after a position.
-
-        It has at most `limit`, and fewer, with `has_more`, where they are large (`CHAT_PAGE_BYTES_MAX`). A
-        conversation that is not well formed is left out and logged, so that the others can be read.
-        """
-        if user_id is None and self._scope.user_id is None:
-            return await listing.page_of_tenant(self._store, self._scope, limit, after)
-        return await listing.page(self._store, self._scope, user_id or "", limit, after)
-
-    async def get_list_position(self, conversation_id: str, user_id: str) -> ListPosition:
-        """Return the present place of a conversation in its user's list. Raises ConversationNotFound."""
-        return listing.position_of(self._store, await self.get_conversation(conversation_id, user_id))
 
     async def delete_conversation(
         self, conversation_id: str, user_id: str | None = None, *, condition: Condition | None = None
@@ -312,90 +276,7 @@ class ChatService:
             return messages
         return self.prepare(list(map(NewMessage, messages)), idempotency_key=idempotency_key)
 
-    # -- reading -----------------------------------------------------------------------------------
-
-    async def get_chat_history(
-        self,
-        conversation_id: str,
-        user_id: str | None = None,
-        *,
-        limit: int | None = None,
-        last: int | None = None,
-        order: Order = "asc",
-        **which: Unpack[HistoryFilter],
-    ) -> MessagePage:
-        """Return a page of messages, oldest first, or newest first with `order="desc"`.
-
-        `last` asks for the newest so many, oldest first, in place of `limit` and `order`. A page has at most
-        `limit` messages, and fewer, with `has_more`, where they are large (`CHAT_PAGE_BYTES_MAX`). Raises
-        ConversationNotFound, InvalidRequest.
-        """
-        ref = self._scope.conversation(conversation_id, user_id)
-        return await reading.page(self._store, ref, which, limit=limit, last=last, order=order)
-
-    def stream_chat_history(
-        self,
-        conversation_id: str,
-        user_id: str | None = None,
-        *,
-        limit: int | None = None,
-        order: Order = "asc",
-        **which: Unpack[HistoryFilter],
-    ) -> AsyncIterator[list[Json]]:
-        """Yield the whole history in parts, each read when it is asked for; memory stays that of a part.
-
-        It ends at the last message that was there when it began. The arguments are those of
-        `get_chat_history`, but that `limit` may be any number, or None for all. The first part may be empty;
-        it raises the errors of the arguments, but that of an impossible id, which the call raises.
-        """
-        ref = self._scope.conversation(conversation_id, user_id)
-        return reading.stream(self._store, ref, which, limit=limit, order=order)
-
-    def follow_chat_history(
-        self, conversation_id: str, user_id: str | None = None, *, after: int | None = None
-    ) -> AsyncIterator[list[LiveEvent]]:
-        """Yield the messages after a seq, or from now on, and then whatever happens, without an end.
-
-        The first part raises ConversationNotFound. The iterator ends after `gone`, or with the service.
-        """
-        return live.follow(self._store, self._scope.conversation(conversation_id, user_id), after)
-
-    async def wait_for_messages(
-        self,
-        conversation_id: str,
-        user_id: str | None = None,
-        *,
-        seconds: int,
-        limit: int | None = None,
-        **which: Unpack[HistoryFilter],
-    ) -> MessagePage:
-        """Return a page as soon as it has a message, or an empty one after so many seconds."""
-        ref = self._scope.conversation(conversation_id, user_id)
-        return await live.wait_for_page(self._store, ref, which, limit=limit, seconds=seconds)
-
-    def follow_list(self, user_id: str | None = None) -> AsyncIterator[list[LiveEvent]]:
-        """Yield which conversations of a user, or of the tenant, are created, changed and deleted.
-
-        `head` says that the list must be read (again), because not every earlier change is told.
-        """
-        return live.follow_list(self._store, self._scope, user_id)
-
-    async def get_message(self, conversation_id: str, message_id: str, user_id: str | None = None) -> Json:
-        """Return one message. Raises ConversationNotFound, MessageNotFound."""
-        ref = self._scope.conversation(conversation_id, user_id)
-        return await reading.message(self._store, ref, message_id)
-
-    # -- the context of a model call, and checkpoints -----------------------------------------------
-
-    async def get_context(
-        self, conversation_id: str, wanted: ContextRequest, user_id: str | None = None
-    ) -> Json:
-        """Return what a model is to be sent of the conversation, with counts; see docs/context.md.
-
-        Raises ConversationNotFound.
-        """
-        ref = self._scope.conversation(conversation_id, user_id)
-        return await context.context(self._store, ref, wanted)
+    # -- checkpoints ------------------------------------------------------------------------------
 
     async def create_checkpoint(
         self,
@@ -412,10 +293,6 @@ class ChatService:
         """
         ref = self._scope.conversation(conversation_id, user_id)
         return await checkpoints.create(self._store, ref, upto_seq, summary, metadata)
-
-    async def list_checkpoints(self, conversation_id: str, user_id: str | None = None) -> list[Json]:
-        """Return all checkpoints of the conversation, newest first. Raises ConversationNotFound."""
-        return await checkpoints.listed(self._store, self._scope.conversation(conversation_id, user_id))
 
     async def delete_checkpoint(
         self, conversation_id: str, checkpoint_id: str, user_id: str | None = None
