@@ -27,6 +27,7 @@ from service.history import (
     context,
     creating,
     deleting,
+    deleting_messages,
     group_commit,
     listing,
     live,
@@ -436,7 +437,7 @@ class ChatService:
     ) -> None:
         """Delete one message; its seq stays empty. Raises ConversationNotFound, MessageNotFound."""
         ref = self._scope.conversation(conversation_id, user_id)
-        await deleting.delete_message(self._store, ref, message_id, condition)
+        await deleting_messages.delete_message(self._store, ref, message_id, condition)
 
     async def pop_message(
         self, conversation_id: str, user_id: str | None = None, *, condition: Condition | None = None
@@ -447,7 +448,7 @@ class ChatService:
         ConversationNotFound.
         """
         ref = self._scope.conversation(conversation_id, user_id)
-        return await deleting.pop_message(self._store, ref, condition)
+        return await deleting_messages.pop_message(self._store, ref, condition)
 
     async def delete_messages(
         self,
@@ -464,4 +465,4 @@ class ChatService:
         meanwhile stays.
         """
         ref = self._scope.conversation(conversation_id, user_id)
-        return await deleting.delete_messages(self._store, ref, after, condition)
+        return await deleting_messages.delete_messages(self._store, ref, after, condition)
