@@ -27,6 +27,7 @@ from service.history import (
     checkpoints,
     creating,
     deleting,
+    deleting_messages,
     group_commit,
     new_messages,
     replacing,
@@ -313,7 +314,7 @@ class ChatService(ChatReader):
     ) -> None:
         """Delete one message; its seq stays empty. Raises ConversationNotFound, MessageNotFound."""
         ref = self._scope.conversation(conversation_id, user_id)
-        await deleting.delete_message(self._store, ref, message_id, condition)
+        await deleting_messages.delete_message(self._store, ref, message_id, condition)
 
     async def pop_message(
         self, conversation_id: str, user_id: str | None = None, *, condition: Condition | None = None
@@ -324,7 +325,7 @@ class ChatService(ChatReader):
         ConversationNotFound.
         """
         ref = self._scope.conversation(conversation_id, user_id)
-        return await deleting.pop_message(self._store, ref, condition)
+        return await deleting_messages.pop_message(self._store, ref, condition)
 
     async def delete_messages(
         self,
@@ -341,4 +342,4 @@ class ChatService(ChatReader):
         meanwhile stays.
         """
         ref = self._scope.conversation(conversation_id, user_id)
-        return await deleting.delete_messages(self._store, ref, after, condition)
+        return await deleting_messages.delete_messages(self._store, ref, after, condition)

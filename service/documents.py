@@ -53,7 +53,7 @@ class Conversation(Document):
     # The time of the latest change of any kind.
     updated_at: datetime
     # The time of the latest message, or of the creation. It orders the list and begins the retention, and a
-    # new title or a deletion does not move it. An earlier version stored none (see `maintenance/sweep.py`).
+    # new title or a deletion does not move it. Earlier versions had none (see `maintenance/due_times.py`).
     active_at: datetime | None = None
     last_seq: int = 0
     message_count: int = 0

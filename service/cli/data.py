@@ -140,7 +140,7 @@ def expire(
     """Remove what has expired, as the service does every minute; or say what it would remove."""
     settings = read_settings()
 
-    from service.maintenance import sweep
+    from service.maintenance import due_times, sweep
 
     async def run() -> RemovedCounts:
         async with (
@@ -150,7 +150,7 @@ def expire(
             if dry_run:
                 return await sweep.count_expired(store)
             # Looked at first, because this command may have other settings than the service had.
-            await sweep.fill_in_all(store)
+            await due_times.fill_in_all(store)
             removed = await sweep.expire(store)
             facts["what"] = f"{removed.conversations} conversations, {removed.messages} messages"
             return removed

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-import bson
 from pymongo.errors import DuplicateKeyError, OperationFailure
 
 from service import clock
@@ -20,13 +19,12 @@ from service.documents import Conversation
 from service.errors import ConversationIdTaken, ConversationNotFound, IdempotencyConflict, InvalidRequest
 from service.formats import bson_codec
 from service.formats.strict_json import Json
-from service.history import appending, conditions, deleting, group_commit, records, retention
+from service.history import appending, conditions, conversation_fields, deleting, group_commit, records
 from service.history.appending import AppendResult
 from service.history.conditions import Condition
 from service.history.new_messages import PreparedBatch, checked_id, checked_title, digest
 from service.history.records import ConversationRecord
 from service.history.store import PAUSE_S, PAUSE_S_MAX, ConversationStore
-from service.settings import MESSAGE_BYTES_MAX, METADATA_BYTES_MAX
 from service.tenancy import (
     OWNER_WHILE_DELETED,
     ConversationKey,
@@ -36,8 +34,6 @@ from service.tenancy import (
     local_id,
 )
 
-# The bytes of BSON around the metadata in `{"metadata": …}`.
-_AROUND_METADATA_BYTES = len(bson.encode({"metadata": {}})) - len(bson.encode({}))
 # Tells a field that is not given from one that is given as None.
 UNSET: Any = object()
 
@@ -62,7 +58,7 @@ async def get_or_create(
     async with store.deadline():
         wanted = _new_conversation(store, scope, user_id, conversation_id, metadata, expires_at=expires_at)
         wanted.title = title
-        refuse_oversize(wanted, "metadata")
+        conversation_fields.refuse_oversize(wanted, "metadata")
         existing = await _own_conversation(store, wanted) if conversation_id is not None else None
         found, created = (existing, False) if existing else await _create(store, wanted)
     return records.of_document(found), created
@@ -85,7 +81,7 @@ async def start(
         if idempotency_key is not None:
             by_key = await _id_by_key(store, scope, user_id, idempotency_key)
         wanted = _new_conversation(store, scope, user_id, by_key, metadata)
-        refuse_oversize(wanted, "metadata")
+        conversation_fields.refuse_oversize(wanted, "metadata")
         conversation, _ = await _create(store, wanted, batch)
     return records.of_document(conversation)
 
@@ -112,7 +108,7 @@ async def append_or_create(
     async with store.deadline():
         new = _new_conversation(store, scope, user_id, wanted.conversation_id, wanted.metadata)
         new.title = title
-        refuse_oversize(new, "metadata")
+        conversation_fields.refuse_oversize(new, "metadata")
         ref = ConversationRef(ConversationKey(new.id), OwnerKey(new.user_id))
         transaction = Transaction()
         while True:  # until the deadline of the call
@@ -171,7 +167,7 @@ async def update(
     if title is not UNSET:
         changes["title"] = checked_title(title)
     if metadata is not UNSET:
-        fields, too_large = _metadata_fields(store, metadata)
+        fields, too_large = conversation_fields.metadata_fields(store, metadata)
         changes |= fields if too_large is None else {}
     given = "title" if metadata is UNSET else "metadata"
 
@@ -184,14 +180,14 @@ async def update(
                 raise too_large
         if expires_at is not UNSET:
             active = await _last_activity(store, ref, transaction)
-            changes.update(_expiry_fields(store, ref.key, expires_at, active))
+            changes.update(conversation_fields.expiry_fields(store, ref.key, expires_at, active))
         edit = {"$inc": {"edits": 1}, **({"$set": changes} if changes else {})}
         locked = await store.lock_and_update(transaction, ref, edit, fields=None)
         await conditions.require(store, condition, records.state(locked), transaction)
         changed = records.document(locked)
         # Looked at before the commit, because only now both the title and the metadata are known; the error
         # aborts the transaction, so nothing is changed.
-        refuse_oversize(changed, given)
+        conversation_fields.refuse_oversize(changed, given)
         return changed
 
     async with store.deadline():
@@ -202,7 +198,7 @@ async def update(
             return records.of_document(await conditions.run_exclusive(store, ref, change, condition))
         except OperationFailure as error:
             if error.code in DOCUMENT_TOO_LARGE:  # the server refused it before it could be looked at
-                raise _oversize(given) from error
+                raise conversation_fields.oversize(given) from error
             raise
 
 
@@ -216,7 +212,7 @@ def _new_conversation(
     expires_at: datetime | None = None,
 ) -> Conversation:
     now = clock.now()
-    fields, too_large = _metadata_fields(store, metadata)
+    fields, too_large = conversation_fields.metadata_fields(store, metadata)
     if too_large is not None:
         raise too_large
     key = scope.conversation_key(conversation_id or new_id(now))
@@ -224,11 +220,11 @@ def _new_conversation(
         id=key,
         user_id=scope.owner_key(user_id),
         **fields,
-        **_expiry_fields(store, key, expires_at, now),
+        **conversation_fields.expiry_fields(store, key, expires_at, now),
         created_at=now,
         updated_at=now,
         active_at=now,
-        rewrites=first_rewrites(),
+        rewrites=conversation_fields.first_rewrites(),
     )
 
 
@@ -242,14 +238,6 @@ def new_id(now: datetime) -> str:
     return f"conv_{milliseconds:012x}{secrets.token_hex(10)}"
 
 
-def first_rewrites() -> int:
-    """Return the `rewrites` of a new conversation, another one each time.
-
-    A conversation that is deleted and made again under the same id is then not taken for the one before.
-    """
-    return secrets.randbelow(2**31)
-
-
 async def _last_activity(
     store: ConversationStore, ref: ConversationRef, transaction: Transaction
 ) -> datetime:
@@ -257,36 +245,6 @@ async def _last_activity(
     fields = bson_codec.decode_anything(found)
     active = fields.get("active_at") or fields.get("updated_at")
     return active if isinstance(active, datetime) else clock.now()
-
-
-def _expiry_fields(
-    store: ConversationStore, key: ConversationKey, expires_at: datetime | None, active: datetime
-) -> Json:
-    """Return an expiry, and with it the time at which the sweep looks at the conversation."""
-    expires_at = clock.to_milliseconds(expires_at) if expires_at else None
-    due_at = retention.due_at(store.settings, key, expires_at=expires_at, active=active)
-    return {"expires_at": expires_at, "due_at": due_at}
-
-
-def _metadata_fields(store: ConversationStore, metadata: Json | None) -> tuple[Json, InvalidRequest | None]:
-    """Check metadata, and return it with its exact copy where the engine would change its order.
-
-    The second result is the error to raise for metadata that is new, and larger than new metadata may be.
-    """
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict):
-        raise InvalidRequest.at(("metadata",), "must be an object")
-    raw = bson_codec.encode({"metadata": metadata}, keep_exact_copy=False)
-    # Only the embedded engine reads its storage through PyMongo, which would reorder the keys of a DBRef.
-    changed = store.database.embedded_engine and bson_codec.changes_when_decoded_as_dbref(raw)
-    size, too_large = len(raw) - _AROUND_METADATA_BYTES, None
-    if size > METADATA_BYTES_MAX:
-        why = (
-            f"has {size} bytes as BSON, and metadata may have {METADATA_BYTES_MAX}. Store content in messages"
-        )
-        too_large = InvalidRequest.at(("metadata",), why)
-    return {"metadata": metadata, "exact_metadata": raw if changed else None}, too_large
 
 
 async def _own_conversation(store: ConversationStore, wanted: Conversation) -> Conversation | None:
@@ -377,21 +335,6 @@ async def _id_by_key(store: ConversationStore, scope: TenantScope, user_id: str,
         return before
     text = f"{owner}/{idempotency_key}".encode()
     return f"conv_{hmac.new(await store.database.secret(), text, 'sha256').hexdigest()[:32]}"
-
-
-def refuse_oversize(conversation: Conversation, given: str) -> None:
-    """Refuse a conversation whose title and metadata together leave no room for the service's own fields.
-
-    Each may be within its own limit. `given` is the field that a caller can make smaller.
-    """
-    held = {name: getattr(conversation, name) for name in ("title", "metadata", "exact_metadata")}
-    if len(bson.encode(held)) > MESSAGE_BYTES_MAX:
-        raise _oversize(given)
-
-
-def _oversize(given: str) -> InvalidRequest:
-    why = f"makes title and metadata together larger than {MESSAGE_BYTES_MAX} bytes as BSON"
-    return InvalidRequest.at((given,), why)
 
 
 def _id_taken(key: ConversationKey) -> ConversationIdTaken:

@@ -11,38 +11,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 
 import structlog
 from pymongo import ASCENDING
-from pymongo.errors import DuplicateKeyError, PyMongoError
+from pymongo.errors import PyMongoError
 
-from service import clock
 from service.access.audit import Audit
-from service.database import Transaction
-from service.documents import Backfill, Conversation
+from service.documents import Conversation
 from service.errors import ConversationNotFound, DatabaseUnavailable
 from service.formats import bson_codec
 from service.formats.strict_json import Json
 from service.history import deleting, records, retention
 from service.history.deleting import resume_deletions
 from service.history.store import ConversationStore
+from service.maintenance import due_times
 from service.telemetry import metrics
-from service.tenancy import OWNER_WHILE_DELETED, ConversationKey, ConversationRef, OwnerKey
+from service.tenancy import ConversationKey, ConversationRef, OwnerKey
 from service.user_data.erasure import RemovedCounts, resume_erasures
 
-# The fields that decide when a conversation is due, and its count. Its metadata may be large.
-_FIELDS = ("user_id", "created_at", "updated_at", "active_at", "expires_at", "message_count", "due_at")
-_WALK_ID = "due_at"
-_WALK_ITEMS = 200
-_WALKS, _WALK_PAUSE = 2, timedelta(hours=1)
-# For so long a walk goes on in one sweep, so that a walk of days does not keep what is due waiting.
-_WALK_S = 30.0
-# The read of all ids, on the engine that reads everything that matches before it applies a limit.
-_WALK_READ_S = 60.0
 _EVERY_S = 60.0
 _LEASE, _LEASE_S, _RENEWED_EVERY_S = "sweep", 30.0, 10.0
 _PAGE_ITEMS = 1_000
@@ -76,8 +65,8 @@ async def _keep_lease(store: ConversationStore, is_mine: asyncio.Event) -> None:
         try:
             taken = await database.is_ready() and await database.leases.take(_LEASE, _LEASE_S)
             if store.lists_by_update:
-                walk = await _noted(store)  # of the process that sweeps
-                store.all_have_active_at = walk is not None and _is_done(store, walk)
+                walk = await due_times.noted(store)  # of the process that sweeps
+                store.all_have_active_at = walk is not None and due_times.is_done(store, walk)
         except Exception as error:  # noqa: BLE001  (whatever it is, the next attempt may go better)
             log.warning("sweep_lease_not_taken", error=type(error).__name__)
         if taken:
@@ -90,7 +79,7 @@ async def _keep_lease(store: ConversationStore, is_mine: asyncio.Event) -> None:
 
 async def _sweep(store: ConversationStore, audit: Audit | None) -> None:
     steps: dict[str, Callable[[], Awaitable[None]]] = {
-        "due_times": functools.partial(fill_in, store),
+        "due_times": functools.partial(due_times.fill_in, store),
         "deletions": functools.partial(_finish_deletions, store),
         "erasures": functools.partial(_finish_erasures, store),
         "expiry": functools.partial(_expire, store, audit),
@@ -134,21 +123,9 @@ async def _expire(store: ConversationStore, audit: Audit | None) -> None:
             )
 
 
-@dataclass
-class _Sum:
-    """How much was removed, or would be."""
-
-    conversations: int = 0
-    messages: int = 0
-
-    def add(self, conversation: Conversation) -> None:
-        self.conversations += 1
-        self.messages += conversation.message_count
-
-
 async def expire(store: ConversationStore, now: datetime | None = None) -> RemovedCounts:
     """Remove what is due, and return how much that was."""
-    now, removed = now or datetime.now(UTC), _Sum()
+    now, removed = now or datetime.now(UTC), Counter[str]()
     last: Json | None = None
     while found := await _page_of_due(store, now, last):
         if last is None:
@@ -157,45 +134,45 @@ async def expire(store: ConversationStore, now: datetime | None = None) -> Remov
         last = bson_codec.decode_anything(found[-1])
     if last is None:
         metrics.set_oldest_due(0)
-    return RemovedCounts(removed.conversations, removed.messages)
+    return RemovedCounts(removed["conversations"], removed["messages"])
 
 
 async def count_expired(store: ConversationStore, now: datetime | None = None) -> RemovedCounts:
     """Count what is due by looking at every conversation, so that it is true for any settings."""
-    now, due = now or datetime.now(UTC), _Sum()
+    now, due = now or datetime.now(UTC), Counter[str]()
 
     async def count(raw: bytes) -> None:
         if _is_due(store, raw, now):
-            due.add(records.document(raw))
+            due.update(conversations=1, messages=records.document(raw).message_count)
 
-    async for page in _pages(store):
+    async for page in due_times.pages(store):
         await store.for_each("not_counted", page, count)
-    return RemovedCounts(due.conversations, due.messages)
+    return RemovedCounts(due["conversations"], due["messages"])
 
 
-async def _expire_one(store: ConversationStore, now: datetime, removed: _Sum, raw: bytes) -> None:
-    """Remove a conversation if it is due, and else set when it will be.
+async def _expire_one(store: ConversationStore, now: datetime, removed: Counter[str], raw: bytes) -> None:
+    """Remove a conversation if it is due, and count it; else set when it will be due.
 
     The reason is in the filter of the deletion, so a conversation stays that somebody has written to since
     it was read, and that is not due any more.
     """
     conversation = records.document(raw)
     if conversation.active_at is None:
-        await _fill_one(store, raw)  # because the reason below is about `active_at`
+        await due_times.fill_one(store, raw)  # because the reason below is about `active_at`
     if not _is_due(store, raw, now):
         fields = bson_codec.decode_anything(raw)
-        await set_due_at(store, fields, _due_at_of(store, fields))
+        await due_times.set_due_at(store, fields, due_times.due_at_of(store, fields))
         return
     key = ConversationKey(conversation.id)
     reason = retention.still_due(store.settings, key, expires_at=conversation.expires_at, now=now)
     ref = ConversationRef(key, OwnerKey(conversation.user_id), reason)
     with contextlib.suppress(ConversationNotFound):
         await deleting.delete_conversation(store, ref)
-        removed.add(conversation)
+        removed.update(conversations=1, messages=conversation.message_count)
 
 
 def _is_due(store: ConversationStore, raw: bytes, now: datetime) -> bool:
-    due_at = _due_at_of(store, bson_codec.decode_anything(raw))
+    due_at = due_times.due_at_of(store, bson_codec.decode_anything(raw))
     return due_at is not None and due_at < now
 
 
@@ -221,141 +198,6 @@ async def _page_of_due(store: ConversationStore, now: datetime, last: Json | Non
             left = _PAGE_ITEMS - len(found)
             if left:
                 found += await store.database.read(
-                    Conversation, window, sort=sort, limit=left, fields=_FIELDS
+                    Conversation, window, sort=sort, limit=left, fields=due_times.FIELDS
                 )
     return found
-
-
-# -- filling in `due_at` and `active_at` -------------------------------------------------------------
-
-# A walk looks at every conversation once, in the order of their ids, for conversations that were stored
-# without `active_at` or `due_at`, or under other retention settings. It notes how far it has come, so that
-# another process can go on. It is made for each change of the settings, and made again an hour later, because
-# processes of an earlier version, or with the earlier settings, may still have written during the first walk.
-
-
-async def fill_in(store: ConversationStore) -> None:
-    """Go on with the walk that is due, for some seconds, if there is one."""
-    settings = retention.fingerprint(store.settings)
-    begun = await _noted(store)
-    walk = begun if begun and begun.settings == settings else Backfill(id=_WALK_ID, settings=settings)
-    if _is_done(store, walk):
-        await _end_earlier_list(store)
-        return
-    if walk.ended_at is not None and clock.now() - walk.ended_at < _WALK_PAUSE:
-        return
-    until = time.monotonic() + _WALK_S
-    count = 0
-    async for page in _pages(store, walk.position):
-        count += await _fill_page(store, page)
-        walk.position = bson_codec.decode_anything(page[-1])["_id"]
-        await _note(store, walk)
-        if time.monotonic() > until:
-            log.info("due_times_going_on", changed=count)
-            return
-    walk.walks, walk.position, walk.ended_at = walk.walks + 1, None, clock.now()
-    await _note(store, walk)
-    log.info("due_times_filled_in", changed=count, walk=walk.walks)
-    if _is_done(store, walk):
-        await _end_earlier_list(store)
-
-
-async def _end_earlier_list(store: ConversationStore) -> None:
-    """List by `active_at` from now on. The embedded engine has no other process that needs the old index."""
-    store.all_have_active_at = True
-    if store.database.embedded_engine:
-        async with store.deadline():
-            await store.database.indexes.drop_earlier_list()
-
-
-def _is_done(store: ConversationStore, walk: Backfill) -> bool:
-    return walk.walks >= _WALKS and walk.settings == retention.fingerprint(store.settings)
-
-
-async def fill_in_all(store: ConversationStore) -> None:
-    """Look at every conversation now, whatever was noted; for a command."""
-    async for page in _pages(store):
-        await _fill_page(store, page)
-
-
-async def _pages(store: ConversationStore, after: str | None = None) -> AsyncIterator[Sequence[bytes]]:
-    """Yield all conversations by their ids, page by page, with _FIELDS of each."""
-    embedded, sort = store.database.limit_reads_whole_match, [("_id", ASCENDING)]
-    while True:
-        # Only texts: every conversation's id is one, and another kind was made by hand.
-        query: Json = {"_id": {"$gte": ""} if after is None else {"$gt": after}}
-        async with store.database.deadline(seconds=_WALK_READ_S):
-            found = await store.database.read(
-                Conversation, query, sort=sort, limit=0 if embedded else _WALK_ITEMS, fields=_FIELDS
-            )
-        for begin in range(0, len(found), _WALK_ITEMS):
-            yield found[begin : begin + _WALK_ITEMS]
-        if embedded or len(found) < _WALK_ITEMS:
-            return
-        after = bson_codec.decode_anything(found[-1])["_id"]
-
-
-async def set_due_at(store: ConversationStore, fields: Json, due_at: datetime | None) -> None:
-    """Set `due_at` of a conversation that was read, unless its `expires_at` is another one by now.
-
-    An append meanwhile does not matter, because it only puts the removal off. A conversation of an earlier
-    version gets its `active_at`, too, which never moves back.
-    """
-    active = fields.get("active_at") or fields.get("updated_at")
-    changes: Json = {"$set": {"due_at": due_at}}
-    if isinstance(active, datetime):
-        changes["$max"] = {"active_at": active}
-
-    named = {"_id": fields["_id"], "expires_at": fields.get("expires_at")}
-
-    async def update(transaction: Transaction) -> None:
-        await store.database.update(Conversation, named, changes, transaction.session)
-
-    ref = ConversationRef(ConversationKey(fields["_id"]), OwnerKey(fields.get("user_id", "")))
-    async with store.deadline():
-        await store.run_exclusive(ref, update)
-
-
-async def _fill_page(store: ConversationStore, page: Sequence[bytes]) -> int:
-    return await store.for_each("due_time_not_set", page, functools.partial(_fill_one, store))
-
-
-async def _fill_one(store: ConversationStore, raw: bytes) -> bool:
-    """Set a conversation's `due_at` if it has another one, or no `active_at`; tell whether it had."""
-    fields = bson_codec.decode_anything(raw)
-    due_at = _due_at_of(store, fields)
-    if fields.get("due_at") == due_at and fields.get("active_at") is not None:
-        return False
-    await set_due_at(store, fields, due_at)
-    return True
-
-
-def _due_at_of(store: ConversationStore, fields: Json) -> datetime | None:
-    """Return the `due_at` of a stored conversation, well formed or not."""
-    expires_at, active = fields.get("expires_at"), fields.get("active_at") or fields.get("updated_at")
-    if fields.get("user_id") == OWNER_WHILE_DELETED:
-        return None  # it is being deleted, or imported
-    if not isinstance(active, datetime):
-        active = clock.now()
-    expires_at = expires_at if isinstance(expires_at, datetime) else None
-    return retention.due_at(store.settings, fields["_id"], expires_at=expires_at, active=active)
-
-
-async def _noted(store: ConversationStore) -> Backfill | None:
-    async with store.deadline():
-        found = await store.database.read(Backfill, {"_id": _WALK_ID}, limit=1)
-        return Backfill.model_validate(bson_codec.decode(found[0])) if found else None
-
-
-async def _note(store: ConversationStore, walk: Backfill) -> None:
-    """Remember how far a walk has come. If the process dies before, its last page is looked at again."""
-    fields = walk.model_dump(exclude={"id", "revision_id"})
-
-    async def note(transaction: Transaction) -> None:
-        named = {"_id": _WALK_ID}
-        if await store.database.update(Backfill, named, {"$set": fields}, transaction.session) is None:
-            await Backfill(id=_WALK_ID, **fields).insert(session=transaction.session)
-
-    async with store.deadline():
-        with contextlib.suppress(DuplicateKeyError):  # another process has just noted its own walk
-            await store.database.transaction(note)

@@ -9,24 +9,20 @@ free again, and what it stored is removed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterable, Sequence
 
-import bson
 from pydantic import ValidationError
 from pymongo import ASCENDING
 from pymongo.errors import DuplicateKeyError
 
 from service import clock
-from service.clock import EPOCH
 from service.database import Transaction
-from service.documents import REPLACED_FIELDS, Checkpoint, Conversation, Message, in_utc
-from service.errors import ConversationIdTaken, DatabaseUnavailable, InvalidRequest, cut, faults_of
+from service.documents import Checkpoint, Conversation, Message
+from service.errors import ConversationIdTaken, DatabaseUnavailable, InvalidRequest, faults_of
 from service.formats import bson_codec, strict_json
 from service.formats.strict_json import Json
-from service.history import checkpoints, creating, deleting, records, retention
-from service.history.new_messages import message_faults
-from service.history.records import ConversationState, Totals
+from service.history import checkpoints, conversation_fields, deleting, records, retention
+from service.history.records import Totals
 from service.history.seq_range import SeqRange
 from service.history.store import ConversationStore
 from service.settings import CHECKPOINTS_MAX
@@ -37,23 +33,16 @@ from service.tenancy import (
     TenantScope,
     local_id,
 )
+from service.user_data import import_batches
 from service.user_data.exporting import ExportedConversation
+from service.user_data.import_batches import Batch
 
-# What one transaction stores at most, so that it is done well within the deadline of a call.
-_BATCH_ITEMS = 500
-_BATCH_BYTES = 8 * 1024 * 1024
 # How often an import tries to take an id that others take and delete meanwhile, and the pause between.
 _ATTEMPTS = 20
 _PAUSE_S = 0.1
-# A list finds the conversations from EPOCH to this time, so no other time is imported.
-_END = datetime(9999, 1, 1, tzinfo=UTC)
-# The fields that an exported message has beside its caller's; SERVICE_FIELDS are those of a stored one.
-_EXPORTED_SERVICE_FIELDS = ("id", "conversation_id", "user_id", "seq", "created_at")
 # The fields of a conversation that an import reads: all that `documents.Conversation` requires, and no
 # metadata, which may be large.
 _FIELDS = ("user_id", "importing", "created_at", "updated_at", "last_seq", "message_count")
-# Messages as they are stored, each with its seq.
-Batch = list[tuple[int, bytes]]
 
 
 async def import_conversation(
@@ -67,7 +56,9 @@ async def import_conversation(
     """Store a conversation as an export has it; see `UserData.import_conversation`."""
     exported = _checked_conversation(conversation)
     key, owner = scope.conversation_key(exported.id), scope.owner_key(exported.user_id)
-    batches = _batches(exported, key, owner, messages, keep_exact_copy=store.database.embedded_engine)
+    batches = import_batches.batches(
+        exported, key, owner, messages, keep_exact_copy=store.database.embedded_engine
+    )
     stored = await (_find_taken(store, key, owner) if dry_run else _take_id(store, exported, key, owner))
     if stored is not None:
         same = stored.user_id == owner and stored.last_seq == exported.last_seq
@@ -172,10 +163,10 @@ def _document(
         id=key,
         user_id=owner,
         exact_metadata=raw if changed else None,
-        rewrites=creating.first_rewrites(),
+        rewrites=conversation_fields.first_rewrites(),
         **fields,
     )
-    creating.refuse_oversize(document, "metadata")
+    conversation_fields.refuse_oversize(document, "metadata")
     return document
 
 
@@ -189,7 +180,7 @@ def _checkpoints(
             raise InvalidRequest.at(
                 ("checkpoints",), f"must have an upto_seq that grows, up to last_seq, and has {each.upto_seq}"
             )
-        _check_time(each.created_at, "checkpoints")
+        import_batches.check_time(each.created_at, "checkpoints")
         fields = checkpoints.fields_of(each.summary, each.metadata, keep_exact_copy=exact)
         found.append(checkpoints.stored_form(key, owner, each.upto_seq, each.created_at, fields))
         last_seq = each.upto_seq
@@ -304,101 +295,11 @@ def _checked_conversation(conversation: Json) -> ExportedConversation:
         exported = ExportedConversation.model_validate(conversation)
     except ValidationError as error:
         raise InvalidRequest.of(faults_of(error, ())) from error
-    _check_time(exported.created_at, "created_at")
-    _check_time(exported.updated_at, "updated_at")
+    import_batches.check_time(exported.created_at, "created_at")
+    import_batches.check_time(exported.updated_at, "updated_at")
     if exported.active_at is not None:
-        _check_time(exported.active_at, "active_at")
+        import_batches.check_time(exported.active_at, "active_at")
     return exported
-
-
-def _check_time(time: datetime, name: str) -> None:
-    if time.tzinfo is None:
-        raise InvalidRequest.at((name,), "must have a time zone")
-    if not EPOCH <= time < _END:
-        raise InvalidRequest.at(
-            (name,), f"must be from {EPOCH.year} to {_END.year - 1}, and is {time.isoformat()}"
-        )
-
-
-def _batches(
-    exported: ExportedConversation,
-    key: ConversationKey,
-    owner: OwnerKey,
-    messages: Iterable[Json],
-    *,
-    keep_exact_copy: bool,
-) -> Iterator[Batch]:
-    """Check messages, and yield them as stored, in batches that one transaction takes."""
-    batch: Batch = []
-    size, last_seq, last_time, before = 0, 0, EPOCH, Totals(0, 0)
-    for message in messages:
-        seq, time = message.get("seq"), _time_of(message)
-        if not isinstance(seq, int) or isinstance(seq, bool) or not last_seq < seq <= exported.last_seq:
-            raise InvalidRequest.at(
-                ("seq",),
-                f"must grow, from 1 to the conversation's last_seq, and is {cut(repr(seq))}",
-            )
-        if time < last_time:
-            raise InvalidRequest.at(("created_at",), f"is earlier at seq {seq} than at the seq before")
-        if message.get("conversation_id") != exported.id or message.get("user_id") != exported.user_id:
-            raise InvalidRequest.at(
-                ("conversation_id",), f"is another conversation's, or another user's, at seq {seq}"
-            )
-        raw = _encoded(message, key, owner, time, before, keep_exact_copy=keep_exact_copy)
-        before = records.totals_after(raw)
-        if batch and (len(batch) == _BATCH_ITEMS or size + len(raw) > _BATCH_BYTES):
-            yield batch
-            batch, size = [], 0
-        batch.append((seq, raw))
-        size += len(raw)
-        last_seq, last_time = seq, time
-    yield batch
-
-
-def _encoded(
-    message: Json,
-    key: ConversationKey,
-    owner: OwnerKey,
-    time: datetime,
-    before: Totals,
-    *,
-    keep_exact_copy: bool,
-) -> bytes:
-    """Return a message of an export as it is stored."""
-    replacement = _replacement(message)
-    own = {*_EXPORTED_SERVICE_FIELDS, *replacement}
-    fields = {name: value for name, value in message.items() if name not in own}
-    # A message of an earlier version may have fields of its caller's with these names.
-    checked = {name: value for name, value in fields.items() if name not in REPLACED_FIELDS}
-    if (fault := next(message_faults({"id": message.get("id"), **checked}), None)) is not None:
-        raise InvalidRequest.of([fault])
-    of = ConversationState(key, owner, message["seq"], time)
-    header = records.service_fields(of, message["id"], message["seq"], before)
-    header = bson_codec.concat_documents(header, bson.encode(replacement))
-    return bson_codec.concat_documents(header, bson_codec.encode(fields, keep_exact_copy=keep_exact_copy))
-
-
-def _replacement(message: Json) -> Json:
-    """Return what says that the message was replaced, as it is stored, or nothing."""
-    revision = message.get("revision")
-    try:
-        time = datetime.fromisoformat(message["updated_at"])
-    except (KeyError, TypeError, ValueError):
-        return {}
-    if type(revision) is not int or revision < 1 or time.tzinfo is None:
-        return {}
-    return {"revision": revision, "updated_at": in_utc(time)}
-
-
-def _time_of(message: Json) -> datetime:
-    try:
-        time = datetime.fromisoformat(message["created_at"])
-        if time.tzinfo is not None:
-            time = in_utc(time)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InvalidRequest.at(("created_at",), "must be a time") from error
-    _check_time(time, "created_at")
-    return time
 
 
 def _unless_own_import(found: list[bytes], owner: OwnerKey) -> Conversation | None:

@@ -13,7 +13,7 @@ from service.chat_service import ChatService
 from service.database import Database
 from service.history import retention
 from service.history.store import ConversationStore
-from service.maintenance import sweep
+from service.maintenance import due_times, sweep
 from service.settings import Settings
 from service.tenancy import TenantScope
 from service.user_data.erasure import RemovedCounts
@@ -93,21 +93,21 @@ async def test_what_an_earlier_version_stored_is_filled_in_once_for_each_setting
             *(stored(f"old{n:02}", updated_at=NOW - 100 * DAY) for n in range(20)),
         ]
     )
-    monkeypatch.setattr(sweep, "_WALK_ITEMS", 7)
+    monkeypatch.setattr(due_times, "_WALK_ITEMS", 7)
     store = await opened(proxy)
-    await sweep.fill_in(store)
+    await due_times.fill_in(store)
     assert {key for key, each in due(proxy).items() if isinstance(each, datetime)} == {"expires", "malformed"}
     proxy.forget()
-    await sweep.fill_in(store)
+    await due_times.fill_in(store)
     assert len(proxy.commands("find")) == 1  # it is done
     await store.database.close()
     # Other settings, in a walk that goes on where it was interrupted.
     settings = {"retention_days": 30, "retention_days_by_tenant": {"acme": 1000}}
-    monkeypatch.setattr(sweep, "_WALK_S", 0)
+    monkeypatch.setattr(due_times, "_WALK_S", 0)
     left = []
     for _ in range(4):
         store = await opened(proxy, **settings)
-        await sweep.fill_in(store)
+        await due_times.fill_in(store)
         left.append(sum(each in (None, "missing") for each in due(proxy).values()))
         await store.database.close()
     # The last one is being deleted, so it is never due.
@@ -122,15 +122,15 @@ async def test_a_second_walk_finds_what_an_earlier_version_wrote_beside_the_firs
     proxy: MongoProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = await opened(proxy)
-    await sweep.fill_in(store)
+    await due_times.fill_in(store)
     proxy.latest.conversations.insert_one(stored("beside", expires_at=NOW))
-    await sweep.fill_in(store)
+    await due_times.fill_in(store)
     assert due(proxy) == {"beside": "missing"}
-    monkeypatch.setattr(sweep, "_WALK_PAUSE", timedelta(0))
-    await sweep.fill_in(store)
+    monkeypatch.setattr(due_times, "_WALK_PAUSE", timedelta(0))
+    await due_times.fill_in(store)
     assert due(proxy) == {"beside": NOW}
     proxy.forget()
-    await sweep.fill_in(store)
+    await due_times.fill_in(store)
     assert len(proxy.commands("find")) == 1
     await store.database.close()
 
@@ -140,7 +140,7 @@ async def test_a_walk_does_not_undo_an_expiry_that_was_set_meanwhile(proxy: Mong
     conversation = stored("c", expires_at=NOW + 99 * DAY)
     proxy.latest.conversations.insert_one(conversation)
     await ChatService(store, TenantScope()).update_conversation("c", expires_at=NOW)
-    await sweep.set_due_at(store, conversation, NOW + 99 * DAY)
+    await due_times.set_due_at(store, conversation, NOW + 99 * DAY)
     assert due(proxy) == {"c": NOW}
     await store.database.close()
 

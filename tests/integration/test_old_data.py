@@ -19,7 +19,7 @@ from service import clock
 from service.chat_service import ChatService
 from service.database import Database
 from service.history.store import ConversationStore
-from service.maintenance import sweep
+from service.maintenance import due_times, sweep
 from service.maintenance.verify import Verifier
 from service.settings import Settings
 from service.tenancy import TenantScope
@@ -108,11 +108,11 @@ async def test_what_version_0_1_0_stored_opens(service: Service) -> None:
         assert not report.violations
         parts = [part async for part in UserData(store, TenantScope()).export("ada")]
         assert parts[-1][-1] == {"type": "end", "conversations": 3, "messages": 5}
-        await sweep.fill_in(store)
+        await due_times.fill_in(store)
         assert store.lists_by_update
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sweep, "_WALK_PAUSE", timedelta(0))
-            await sweep.fill_in(store)
+            patch.setattr(due_times, "_WALK_PAUSE", timedelta(0))
+            await due_times.fill_in(store)
         assert not store.lists_by_update
         # Activity that nobody noted is taken from the latest change.
         assert await order_of(chat) == ["kept", "past", "new"]

@@ -16,7 +16,7 @@ from service.formats import bson_codec
 from service.history import records
 from service.history.seq_range import SeqRange
 from service.tenancy import OWNER_WHILE_DELETED, ConversationKey, OwnerKey, TenantScope
-from service.user_data import importing
+from service.user_data import import_batches, importing
 from service.user_data.exporting import ExportedConversation
 from tests import strategies
 from tests.unit.fake_store import START, Json, conversation, encoded, fake_store, message
@@ -52,9 +52,9 @@ def exported_message(seq: Any, **fields: Any) -> Json:
     }
 
 
-def batches(*messages: Json, exact: bool = False, **fields: Any) -> list[importing.Batch]:
+def batches(*messages: Json, exact: bool = False, **fields: Any) -> list[import_batches.Batch]:
     conversation = ExportedConversation.model_validate(exported(**fields))
-    return list(importing._batches(conversation, KEY, OWNER, messages, keep_exact_copy=exact))
+    return list(import_batches.batches(conversation, KEY, OWNER, messages, keep_exact_copy=exact))
 
 
 def fault(error: pytest.ExceptionInfo[InvalidRequest]) -> tuple[str, str]:
@@ -107,7 +107,7 @@ def test_a_conversation_that_cannot_be_stored_is_refused_with_the_place(
 def test_times_of_1970_to_9998_are_taken_in_any_zone(time: str, utc: datetime) -> None:
     checked = importing._checked_conversation(exported(created_at=time, expires_at=time))
     assert (checked.created_at, checked.expires_at) == (utc, utc)
-    assert importing._time_of({"created_at": time}) == utc
+    assert import_batches.time_of({"created_at": time}) == utc
 
 
 # -- its messages ----------------------------------------------------------------------------------
@@ -171,14 +171,14 @@ def _in_order(fields: Json) -> Json:
 
 
 def test_batches_are_cut_by_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importing, "_BATCH_ITEMS", 3)
+    monkeypatch.setattr(import_batches, "_BATCH_ITEMS", 3)
     found = batches(*map(exported_message, range(1, 9)))
     assert [[seq for seq, _ in batch] for batch in found] == [[1, 2, 3], [4, 5, 6], [7, 8]]
 
 
 def test_batches_are_cut_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(batches(exported_message(1, content="x" * 100))[0][0][1])
-    monkeypatch.setattr(importing, "_BATCH_BYTES", 2 * size)
+    monkeypatch.setattr(import_batches, "_BATCH_BYTES", 2 * size)
     found = batches(*(exported_message(seq, content="x" * 100) for seq in range(1, 6)))
     assert [[seq for seq, _ in batch] for batch in found] == [[1, 2], [3, 4], [5]]
     # A message that is larger than a batch is one by itself.
@@ -271,4 +271,6 @@ async def test_the_number_of_messages_must_be_the_one_that_is_told(
 def test_times_of_messages_are_in_utc() -> None:
     ((_, raw),) = batches(exported_message(1, created_at="2026-01-01T02:00:00+02:00"))[0]
     assert bson_codec.decode(raw)["created_at"] == START
-    assert importing._time_of({"created_at": "2026-01-01T00:00:00.001Z"}) - START == timedelta(milliseconds=1)
+    assert import_batches.time_of({"created_at": "2026-01-01T00:00:00.001Z"}) - START == timedelta(
+        milliseconds=1
+    )

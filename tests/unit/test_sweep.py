@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from service.errors import ConversationNotFound, DatabaseUnavailable
 from service.history import deleting
 from service.history.store import ConversationStore
-from service.maintenance import sweep
+from service.maintenance import due_times, sweep
 from service.telemetry import metrics
 from service.tenancy import ConversationRef
 from service.user_data.erasure import RemovedCounts
@@ -127,7 +127,7 @@ async def test_each_conversation_that_is_due_is_counted_once(
             moved[fields["_id"]] = due_at
 
         patch.setattr(deleting, "delete_conversation", delete)
-        patch.setattr(sweep, "set_due_at", move)
+        patch.setattr(due_times, "set_due_at", move)
         expected = await sweep.count_expired(store, NOW)
         counts = await sweep.expire(store, NOW)
     assert removed == sorted(set(removed), key=removed.index)
@@ -185,7 +185,7 @@ async def test_no_step_ends_the_others_or_the_sweep(monkeypatch: pytest.MonkeyPa
         return work
 
     said: list[bool] = []
-    monkeypatch.setattr(sweep, "fill_in", step("due_times", None))
+    monkeypatch.setattr(due_times, "fill_in", step("due_times", None))
     monkeypatch.setattr(sweep, "_finish_deletions", step("deletions", DatabaseUnavailable("away")))
     monkeypatch.setattr(sweep, "_finish_erasures", step("erasures", RuntimeError("a fault")))
     monkeypatch.setattr(sweep, "_expire", step("expiry", None))

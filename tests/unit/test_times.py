@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.user_data import importing, times
+from service.user_data import import_batches, times
 from service.user_data.times import BACKWARDS, BEFORE_1970, MISSING, NO_ZONE, Times
 
 NOON = "2026-01-01T12:00:00Z"
@@ -96,7 +96,7 @@ _ANY = st.one_of(st.just(...), st.none(), _WRITTEN)
 @given(st.lists(_ANY, max_size=8))
 def test_whatever_times_there_are_the_import_takes_what_is_read(given_times: list[Any]) -> None:
     shown, found, changed = read(told(), *given_times)
-    taken = [importing._time_of({"created_at": each}) for each in found]
+    taken = [import_batches.time_of({"created_at": each}) for each in found]
     assert taken == sorted(taken)
     wanted = [each for each in given_times if each not in (..., None)]
     unchanged = [datetime.fromisoformat(each).replace(tzinfo=None) for each in wanted]
