@@ -175,11 +175,16 @@ async def _window(
         return Window(entries, whole=True)
     if context_cut.places_to_cut(entries, fits):
         entries = entries[max(fits - 1, 0) :]
-    if entries[0].begins_turn or (unit == "turns" and any(each.begins_turn for each in entries)):
+    if entries[0].begins_turn or (unit == "turns" and _has_place_of_turn(entries)):
         return Window(entries, whole)
     return Window(
         entries, whole, await _opening(store, of, part.clip(low, entries[0].seq - 1), entries[0], unit)
     )
+
+
+def _has_place_of_turn(entries: Sequence[Entry]) -> bool:
+    """Tell whether a cut may fall where a turn begins: not where a result comes after the next turn's begin."""
+    return any(entries[place].begins_turn for place in context_cut.places_to_cut(entries, 0))
 
 
 def _entry(

@@ -160,6 +160,19 @@ def test_a_context_keeps_every_promise(history: list[Json], wanted: ContextReque
             assert before == users[-1:]
 
 
+@pytest.mark.parametrize("totals", [True, False])
+def test_a_turn_cut_by_a_late_result_keeps_the_users_message(totals: bool) -> None:
+    history: list[Json] = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "x", "tool_calls": [call("late")]},
+        {"role": "user", "content": "x"},
+        {"role": "tool", "tool_call_id": "late", "content": "x"},
+        {"role": "tool", "tool_call_id": "of nobody", "content": "x"},
+    ]
+    made = context_of(stored(history, totals=totals), ContextRequest("turns", 1, keep_ratio=0.0))
+    assert [each["seq"] for each in made["messages"]] == [1, 2, 3, 4]
+
+
 @settings(deadline=None, max_examples=200)
 @given(histories(), st.integers(200, 3_000), st.sampled_from(["openai", "responses", "anthropic", "native"]))
 def test_what_stands_for_missing_results_is_within_the_budget(
