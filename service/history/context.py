@@ -183,7 +183,7 @@ async def _window(
 
 
 def _has_place_of_turn(entries: Sequence[Entry]) -> bool:
-    """Tell whether a cut may fall where a turn begins: not where a result comes after the next turn's begin."""
+    """Tell whether a cut may fall where a turn begins; a result that comes later forbids it."""
     return any(entries[place].begins_turn for place in context_cut.places_to_cut(entries, 0))
 
 

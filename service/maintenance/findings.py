@@ -54,6 +54,34 @@ class Findings:
             self.more_faults += 1
 
 
+@dataclass(frozen=True)
+class Violation:
+    """An invariant that does not hold: where, which, and whether it was repaired (or why it was not)."""
+
+    conversation_id: str
+    what: str
+    outcome: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.conversation_id}: {self.what}" + (f" ({self.outcome})" if self.outcome else "")
+
+
+@dataclass
+class Report:
+    """The result of a walk: how much was read, and how many violations were found, and are left."""
+
+    conversations: int = 0
+    messages: int = 0
+    violations: int = 0
+    left: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.conversations} conversations, {self.messages} messages, "
+            f"{self.violations} violations, {self.left} left"
+        )
+
+
 def document(raw: bytes) -> Conversation:
     """Read a conversation. Types are checked first, because the model takes text for a counter, too."""
     fields = bson_codec.decode(raw)

@@ -10,13 +10,9 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from beanie import Document
+from typing import TypeVar
 
 from service import clock
-from service.database import Transaction
 from service.documents import IDLE, Checkpoint, Conversation, Message
 from service.errors import DatabaseUnavailable, MalformedDocument
 from service.formats import bson_codec
@@ -28,58 +24,27 @@ from service.maintenance.findings import (
     FOR_AN_OPERATOR,
     UNKNOWN,
     Findings,
+    Report,
+    Violation,
     check_message,
     document,
-    is_behind,
-    is_of_another,
     malformed,
     place_of,
     wrong_fields,
 )
+from service.maintenance.repairs import Repairs
 from service.maintenance.walk import EVERYTHING, KeyRange, Walk, after
 from service.tenancy import OWNER_WHILE_DELETED, ConversationKey, conversation_key_of, is_key, local_id
 
 T = TypeVar("T")
 # How often a conversation is read again that somebody writes to meanwhile.
 _ATTEMPTS = 5
-# It tells readers that the messages of a conversation are not those that they know.
-_REWRITTEN = {"$inc": {"version": 1, "rewrites": 1}}
 # The pauses after which a read is repeated that found no database, as while another server becomes primary.
 _PAUSES_S = (1.0, 3.0, 9.0)
-# How many messages one transaction removes, because one call has one deadline for it.
-_REMOVED_AT_ONCE = 100
 # How many names of conversations are held whose counters are left alone.
 _NAMES_HELD = 10_000
 _NOT_WELL_FORMED = "it is not well formed"
 _NO_OWNER = "left: their owner is not known"
-
-
-@dataclass(frozen=True)
-class Violation:
-    """An invariant that does not hold: where, which, and whether it was repaired (or why it was not)."""
-
-    conversation_id: str
-    what: str
-    outcome: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.conversation_id}: {self.what}" + (f" ({self.outcome})" if self.outcome else "")
-
-
-@dataclass
-class Report:
-    """The result of a walk: how much was read, and how many violations were found, and are left."""
-
-    conversations: int = 0
-    messages: int = 0
-    violations: int = 0
-    left: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.conversations} conversations, {self.messages} messages, "
-            f"{self.violations} violations, {self.left} left"
-        )
 
 
 class Verifier:
@@ -100,7 +65,8 @@ class Verifier:
         self._store = store
         self._database = store.database
         self._walk = Walk(store.database)
-        self._repairs = repair
+        self._is_repairing = repair
+        self._repairs = Repairs(store.database, self._walk, self._note, active=repair)
         self._within = within
         self._tell = note
         self.report = Report()
@@ -322,96 +288,34 @@ class Verifier:
         if not findings.malformed and conversation.id not in self._uncounted:
             await self._check_counters(conversation, findings)
         if findings.of_another_user:
-            await self._check_owners(conversation)
+            await self._repairs.check_owners(conversation)
 
     async def _check_counters(self, conversation: Conversation, findings: Findings) -> None:
         if findings.last_seq > conversation.last_seq:
             what = f"last_seq is {conversation.last_seq}, and there is a message with seq {findings.last_seq}"
-            await self._repair(Conversation, conversation.id, {"$max": {"last_seq": findings.last_seq}}, what)
+            await self._repairs.correct(
+                Conversation, conversation.id, {"$max": {"last_seq": findings.last_seq}}, what
+            )
         if findings.count != conversation.message_count:
             what = f"message_count is {conversation.message_count}, and there are {findings.count} messages"
             change = {"$inc": {"message_count": findings.count - conversation.message_count}}
-            await self._repair(Conversation, conversation.id, change, what)
+            await self._repairs.correct(Conversation, conversation.id, change, what)
         if findings.checkpoint_seq != conversation.checkpoint_seq:
             named, newest_seq = conversation.checkpoint_seq, findings.checkpoint_seq
             what = f"checkpoint_seq is {named}, and the newest checkpoint stands at seq {newest_seq}"
             change = {"$set": {"checkpoint_seq": newest_seq}}
-            await self._repair(Conversation, conversation.id, change, what)
+            await self._repairs.correct(Conversation, conversation.id, change, what)
         newest = max(conversation.created_at, findings.newest or conversation.created_at)
         if newest > conversation.updated_at:
             what = f"updated_at is {conversation.updated_at.isoformat()}, and there is {newest.isoformat()}"
-            await self._repair(Conversation, conversation.id, {"$max": {"updated_at": newest}}, what)
-
-    async def _check_owners(self, conversation: Conversation) -> None:
-        """Note the messages that say that they are another user's, and with `repair` give or remove them.
-
-        Those behind the last message were left by an interrupted import, before another user took the
-        conversation's id. They were never shown or counted in this conversation, and its owner must not get
-        them. They are read again here, so that any number of them is no matter of memory.
-        """
-        leftovers = 0
-        async for page in self._walk.of_conversation(conversation.id, conversation.last_seq):
-            behind = []
-            for message in page:
-                if place_of(message) != conversation.id or not is_of_another(message, conversation):
-                    continue
-                if is_behind(message, conversation):
-                    behind.append(message)
-                elif not wrong_fields(message):
-                    what = f"the message {message['_id']} says that it is another user's"
-                    await self._repair(
-                        Message, message["_id"], {"$set": {"user_id": conversation.user_id}}, what
-                    )
-            leftovers += len(behind)
-            await self._remove(conversation.id, behind)
-        if leftovers:
-            what = f"{leftovers} messages of another user stand behind its last one"
-            self._note(conversation.id, what, "repaired: removed" if self._repairs else "")
-
-    async def _remove(self, key: str, messages: list[Json]) -> None:
-        """Remove messages, with `repair`, in parts, because one call has one deadline."""
-
-        async def remove(some: list[Json], transaction: Transaction) -> None:
-            for message in some:
-                named = {"_id": message["_id"], "conversation_id": key, "user_id": message.get("user_id")}
-                await Message.find(named).delete(session=transaction.session)
-            await Conversation.find_one({"_id": key}).update_one(_REWRITTEN, session=transaction.session)
-
-        for begin in range(0, len(messages) if self._repairs else 0, _REMOVED_AT_ONCE):
-            some = messages[begin : begin + _REMOVED_AT_ONCE]
-            # If the process dies between two parts, the next walk finds the rest.
-            async with self._database.deadline():
-                await self._database.transaction(functools.partial(remove, some))
-
-    async def _repair(self, kind: type[Document], key: str, change: dict[str, Any], violation: str) -> None:
-        """Note a violation, and with `repair` correct the one document that it is in.
-
-        Counters are corrected by a difference, so that a write that commits meanwhile is not undone. The
-        owner of a message is that of its conversation by definition, so to correct it is no guess.
-        """
-        conversation_id = conversation_key_of(key) if kind is Message else key
-
-        async def correct(transaction: Transaction) -> None:
-            named = {"_id": key}
-            if kind is Message:
-                # Named, so that a sharded cluster asks only the shard that has the conversation.
-                named["conversation_id"] = conversation_id
-                # Both commit together, so nobody takes what was read before for what is stored now.
-                conversation = Conversation.find_one({"_id": conversation_id})
-                await conversation.update_one(_REWRITTEN, session=transaction.session)
-            await kind.find_one(named).update_one(change, session=transaction.session)
-
-        if self._repairs:
-            async with self._database.deadline():
-                await self._database.transaction(correct)
-        self._note(conversation_id, violation, "repaired" if self._repairs else "")
+            await self._repairs.correct(Conversation, conversation.id, {"$max": {"updated_at": newest}}, what)
 
     async def _check_interrupted(self, conversation: Conversation) -> None:
         """Note an interrupted deletion or import, and with `repair` finish it."""
         verb = "deletion" if conversation.importing is None else "import"
         if conversation.importing is not None and clock.now() - conversation.updated_at < IDLE:
             return  # an import that is going on is no violation
-        repaired = self._repairs and await resume_deletion(self._store, ConversationKey(conversation.id))
+        repaired = self._is_repairing and await resume_deletion(self._store, ConversationKey(conversation.id))
         outcome = "repaired: removed" if repaired else "the service removes the rest when it runs"
         self._note(conversation.id, f"its {verb} was interrupted", outcome)
         await self._check_types(conversation.id)

@@ -22,7 +22,8 @@ from service.chat_service import ChatService
 from service.database import Database
 from service.errors import UnsuitableDatabase
 from service.history.store import ConversationStore
-from service.maintenance.verify import Verifier, Violation
+from service.maintenance.findings import Violation
+from service.maintenance.verify import Verifier
 from service.settings import Settings
 from service.tenancy import TenantScope
 from tests.harness import Service, append, command, create, history, new_id, running, whole_history

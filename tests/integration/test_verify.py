@@ -18,7 +18,8 @@ from pymongo import MongoClient
 from service.database import Database
 from service.documents import Message
 from service.history.store import ConversationStore
-from service.maintenance.verify import Verifier, Violation
+from service.maintenance.findings import Violation
+from service.maintenance.verify import Verifier
 from service.settings import Settings
 from tests.harness import Service, append, command, create, on_database, running
 

@@ -20,7 +20,8 @@ from service.database import Database
 from service.errors import DatabaseUnavailable
 from service.history.store import ConversationStore
 from service.maintenance import verify, walk
-from service.maintenance.verify import Report, Verifier
+from service.maintenance.findings import Report
+from service.maintenance.verify import Verifier
 from service.maintenance.walk import EVERYTHING, KeyRange
 from service.settings import Settings
 from tests.harness import Service, new_id

@@ -12,7 +12,6 @@ from service import tenancy
 from service.documents import Conversation
 from service.errors import MalformedDocument
 from service.maintenance import findings as checks
-from service.maintenance import verify
 from service.maintenance.walk import KeyRange, after
 from tests.unit.fake_store import START, Json, conversation, encoded, message
 
@@ -120,7 +119,7 @@ def test_a_field_of_another_type_is_not_well_formed(name: str, value: Any) -> No
 
 def test_a_violation_is_a_line() -> None:
     assert (
-        str(verify.Violation("c", "it is not well formed", "repaired"))
+        str(checks.Violation("c", "it is not well formed", "repaired"))
         == "c: it is not well formed (repaired)"
     )
-    assert str(verify.Violation("c", "it is not well formed")) == "c: it is not well formed"
+    assert str(checks.Violation("c", "it is not well formed")) == "c: it is not well formed"
