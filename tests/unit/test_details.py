@@ -33,6 +33,7 @@ LEANING = re.compile(
 )
 # The expressions without a text in the source beside them, each with the place that its text comes from.
 FROM_ELSEWHERE = {
+    "service/api/appends.py: why",  # openai_items.message_faults
     "service/api/meta.py: process.why_not_ready",  # Database.why_not_ready
     "service/api/problems.py: each['msg']",  # Pydantic
     "service/api/dependencies.py: each['msg']",  # Pydantic
