@@ -78,7 +78,7 @@ class ChatReader:
         last: int | None = None,
         order: Order = "asc",
         **which: Unpack[HistoryFilter],
-    ) -> MessagePage:
+    ) -> MessagePage[Json]:
         """Return a page of messages, oldest first, or newest first with `order="desc"`.
 
         `last` asks for the newest so many, oldest first, in place of `limit` and `order`. A page has at most
@@ -87,6 +87,20 @@ class ChatReader:
         """
         ref = self._scope.conversation(conversation_id, user_id)
         return await reading.page(self._store, ref, which, limit=limit, last=last, order=order)
+
+    async def get_encoded_history(
+        self,
+        conversation_id: str,
+        user_id: str | None = None,
+        *,
+        limit: int | None = None,
+        last: int | None = None,
+        order: Order = "asc",
+        **which: Unpack[HistoryFilter],
+    ) -> MessagePage[bytes]:
+        """Return the page of `get_chat_history`, with its messages as JSON, of which some are kept."""
+        ref = self._scope.conversation(conversation_id, user_id)
+        return await reading.encoded_page(self._store, ref, which, limit=limit, last=last, order=order)
 
     def stream_chat_history(
         self,
@@ -123,7 +137,7 @@ class ChatReader:
         seconds: int,
         limit: int | None = None,
         **which: Unpack[HistoryFilter],
-    ) -> MessagePage:
+    ) -> MessagePage[Json]:
         """Return a page as soon as it has a message, or an empty one after so many seconds."""
         ref = self._scope.conversation(conversation_id, user_id)
         return await live.wait_for_page(self._store, ref, which, limit=limit, seconds=seconds)

@@ -7,11 +7,10 @@ import base64
 import binascii
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
-import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
@@ -25,12 +24,12 @@ from service.errors import (
     BodyTooSlow,
     InvalidRequest,
     MalformedBody,
-    MalformedDocument,
     UnsupportedBody,
     cut,
     faults_of,
 )
 from service.formats import strict_json
+from service.formats.json_answers import dumps
 from service.settings import PARSED_TIMES_MAX, SMALL_BODY_BYTES_MAX
 from service.tenancy import is_valid_id
 
@@ -142,25 +141,6 @@ def request_body_schema(*models: type[BaseModel]) -> dict[str, Any]:
 NDJSON = "application/x-ndjson"
 
 
-def timestamp(time: datetime) -> str:
-    """Format a time, which is always UTC in this service, by RFC 3339 with milliseconds."""
-    return time.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
-
-
-def dumps(value: Any) -> bytes:
-    """Encode an answer as JSON; times are formatted by `timestamp`.
-
-    Raises MalformedDocument for another value that JSON does not have, which somebody stored by hand.
-    """
-    try:
-        return orjson.dumps(value, default=timestamp, option=orjson.OPT_PASSTHROUGH_DATETIME)
-    except TypeError as error:
-        raise MalformedDocument(
-            "A stored value that this call reads has a type that JSON does not have. Replace the value in "
-            "the database."
-        ) from error
-
-
 def lines(values: list[dict[str, Any]]) -> bytes:
     """Encode values as lines of JSON."""
     return b"".join(dumps(each) + b"\n" for each in values)
@@ -202,9 +182,15 @@ def conversation_page(page: ConversationPage) -> dict[str, Any]:
     }
 
 
-def message_page(page: MessagePage, shown: list[dict[str, Any]]) -> dict[str, Any]:
+def message_page(page: MessagePage[Any], shown: list[dict[str, Any]]) -> dict[str, Any]:
     """Shape a page as MessagePage or MessageItemsPage; `shown` has the messages in the form of the answer."""
     return {"data": shown, "has_more": page.has_more, "next": page.next}
+
+
+def encoded_page(page: MessagePage[bytes]) -> bytes:
+    """Return the JSON of a page whose messages are JSON already."""
+    end = dumps({"has_more": page.has_more, "next": page.next})
+    return b'{"data":[' + b",".join(page.messages) + b"]," + end[1:]
 
 
 def cursor(position: ListPosition) -> str:

@@ -20,6 +20,7 @@ from service.api.problems import error_responses
 from service.api.schemas import EventsQuery, HistoryQuery
 from service.chat_service import ChatService, ConversationRecord, LiveEvent
 from service.errors import DatabaseUnavailable, InvalidRequest, Unauthenticated
+from service.formats.json_answers import dumps
 from service.formats.strict_json import Json
 
 EVENTS = "text/event-stream"
@@ -171,7 +172,7 @@ def _encoded(event: LiveEvent, show: Callable[[Json], Json]) -> bytes:
     position = f"id: {event.position}\n" if event.position is not None else ""
     # JSON has no line end of the standard outside of its strings, and none unescaped in them. Readers that
     # know more line ends than the standard (httpx's `iter_lines` does) would cut a text in two at these.
-    text = bodies.dumps(data)
+    text = dumps(data)
     for line_end, escaped in _OTHER_LINE_ENDS:
         text = text.replace(line_end, escaped)
     return b"%bevent: %b\ndata: %b\n\n" % (position.encode(), event.kind.encode(), text)

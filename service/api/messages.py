@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from service import errors
+from service import chat_service, errors
 from service.api import bodies, conditional, dependencies, live, schemas
 from service.api.bodies import NDJSON, json_response
 from service.api.dependencies import Chat, ConversationId, MessageId, page_items
@@ -27,6 +27,7 @@ from service.api.schemas import (
 )
 from service.errors import InvalidRequest
 from service.formats import openai_items
+from service.formats.json_answers import dumps
 from service.formats.strict_json import Json
 
 router = APIRouter(
@@ -101,12 +102,21 @@ async def get_chat_history(
         version = await chat.get_version(conversation_id, query.user_id)
         if unchanged := conditional.not_modified(request, conditional.history_tag(version)):
             return unchanged
-    page = await chat.get_chat_history(conversation_id, query.user_id, last=query.last, **filters)
-    messages = list(map(show, page.messages))
+    encoded = await _encoded_page(chat, conversation_id, query, filters)
     if accepted == NDJSON:
-        return Response(bodies.lines(messages), media_type=NDJSON)
-    tag = conditional.history_tag(page.version)
-    return json_response(bodies.message_page(page, messages), headers={"ETag": tag})
+        return Response(b"".join(each + b"\n" for each in encoded.messages), media_type=NDJSON)
+    headers = {"ETag": conditional.history_tag(encoded.version)}
+    return Response(bodies.encoded_page(encoded), 200, headers, "application/json")
+
+
+async def _encoded_page(
+    chat: Chat, conversation_id: str, query: HistoryQuery, filters: dict[str, Any]
+) -> chat_service.MessagePage[bytes]:
+    if query.view != "items":
+        return await chat.get_encoded_history(conversation_id, query.user_id, last=query.last, **filters)
+    found = await chat.get_chat_history(conversation_id, query.user_id, last=query.last, **filters)
+    messages = [dumps(as_items(each)) for each in found.messages]
+    return chat_service.MessagePage(messages, found.has_more, found.boundary_seq, found.version)
 
 
 async def _shown(parts: AsyncIterator[list[Json]], show: Show) -> AsyncIterator[list[Json]]:

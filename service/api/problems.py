@@ -16,8 +16,8 @@ from starlette.types import Scope
 
 from service import errors
 from service.api import dependencies
-from service.api.bodies import timestamp
 from service.errors import ChatHistoryError, Fault, cut, json_path
+from service.formats.json_answers import timestamp
 
 MEDIA_TYPE = "application/problem+json"
 # Paths below this one answer with errors in OpenAI's shape.

@@ -16,6 +16,7 @@ from service.api import bodies, dependencies
 from service.api.dependencies import Chat
 from service.chat_service import ChatService, ContextRequest, ConversationRecord, MessagePage
 from service.console import rendering, showing
+from service.formats.json_answers import dumps, timestamp
 from service.formats.strict_json import Json
 
 router = APIRouter(include_in_schema=False)
@@ -170,7 +171,7 @@ async def conversation(
     )
 
 
-async def _messages(chat: ChatService, query: ConversationQuery) -> tuple[MessagePage, bool, bool]:
+async def _messages(chat: ChatService, query: ConversationQuery) -> tuple[MessagePage[Json], bool, bool]:
     """Return a page of messages, oldest first, and whether there may be earlier and later ones."""
     if query.before is not None:
         page = await chat.get_chat_history(query.id, limit=_MESSAGES, order="desc", before=query.before)
@@ -204,7 +205,7 @@ async def message(
     """Return one message as it is stored, as indented JSON in plain text."""
     dependencies.audit(request, "", query.id)
     found = await chat.get_message(query.id, query.message)
-    text = showing.indented({**found, "created_at": bodies.timestamp(found["created_at"])})
+    text = showing.indented({**found, "created_at": timestamp(found["created_at"])})
     return PlainTextResponse(text.encode("utf-8", "backslashreplace"), headers=rendering.HEADERS)
 
 
@@ -255,11 +256,11 @@ async def _as_lines(_: ConversationRecord, parts: AsyncIterator[list[Json]]) -> 
 
 
 async def _as_json(found: ConversationRecord, parts: AsyncIterator[list[Json]]) -> AsyncIterator[bytes]:
-    yield b'{"conversation":' + bodies.dumps(bodies.conversation_out(found)) + b',"messages":['
+    yield b'{"conversation":' + dumps(bodies.conversation_out(found)) + b',"messages":['
     comma = b""
     async for part in parts:
         for each in part:
-            yield comma + bodies.dumps(each)
+            yield comma + dumps(each)
             comma = b","
     yield b"]}\n"
 

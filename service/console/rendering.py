@@ -30,6 +30,7 @@ from service.api.dependencies import resources
 from service.api.middleware.browsers import CONSOLE
 from service.console import showing
 from service.errors import FormRefused
+from service.formats.json_answers import timestamp
 
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: https:; "
@@ -62,7 +63,7 @@ _ENVIRONMENT = Environment(
 )
 _ENVIRONMENT.filters |= {
     "ago": showing.ago,
-    "exact": bodies.timestamp,
+    "exact": timestamp,
     "shown": showing.shown,
     "size": showing.size,
 }

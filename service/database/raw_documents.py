@@ -29,7 +29,11 @@ class Budget:
 
     def admits(self, document: bytes) -> bool:
         """Subtract a document's size, and tell whether it fits; `spent` says that a document did not."""
-        self.left -= len(document)
+        return self.admits_size(len(document))
+
+    def admits_size(self, size: int) -> bool:
+        """Do it for a document of this size."""
+        self.left -= size
         self.spent = self.left < 0 and not self.untouched
         self.untouched = False
         return not self.spent

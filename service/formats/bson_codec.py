@@ -23,6 +23,7 @@ from service.settings import MESSAGE_BYTES_MAX
 # A field of our own in the stored document, present only where the embedded engine would reorder keys.
 EXACT_COPY = "_exact_bson"
 _DATES_IN_UTC: CodecOptions[dict[str, Any]] = CodecOptions(tz_aware=True)
+_DATES_WITHOUT_ZONE: CodecOptions[dict[str, Any]] = CodecOptions()
 
 
 class NeverDBRef(dict[str, Any]):
@@ -102,14 +103,15 @@ def iter_documents(documents: bytes) -> Iterator[bytes]:
         position = end
 
 
-def decode_all(documents: Sequence[bytes]) -> list[dict[str, Any]]:
+def decode_all(documents: Sequence[bytes], *, with_zones: bool = True) -> list[dict[str, Any]]:
     """Decode stored documents as `decode` does, all at once where none of them has a `$ref`.
 
-    Large ones are decoded one by one, because each call holds up all threads.
+    Large ones are decoded one by one, because each call holds up all threads. Dates in UTC without their zone
+    (or, of some documents, with it) take half the time.
     """
     if sum(map(len, documents)) > LARGE_BYTES or b"$ref" in (together := b"".join(documents)):
         return [decode(raw) for raw in documents]
-    return bson.decode_all(together, _DATES_IN_UTC)
+    return bson.decode_all(together, _DATES_IN_UTC if with_zones else _DATES_WITHOUT_ZONE)
 
 
 def to_plain(value: Any) -> Any:

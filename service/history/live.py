@@ -173,7 +173,7 @@ def _deleted(low: int, high: int) -> list[LiveEvent]:
 
 async def wait_for_page(
     store: ConversationStore, ref: ConversationRef, which: HistoryFilter, *, limit: int | None, seconds: int
-) -> MessagePage:
+) -> MessagePage[Json]:
     """Return a page as soon as it has a message, or an empty one after so long."""
     until = asyncio.get_running_loop().time() + seconds
     with store.doorbell.hearing(ref.key) as bell:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Literal, TypedDict
+from typing import Generic, Literal, TypedDict, TypeVar
 
 from pymongo import ASCENDING
 
@@ -15,17 +15,16 @@ from service.documents import Message
 from service.errors import MessageNotFound
 from service.formats.openai_items import Role
 from service.formats.strict_json import Json
-from service.history import records, seq_range
+from service.history import encoded_pages, records, seq_range
 from service.history.records import ConversationRecord, ConversationState
 from service.history.seq_range import SeqRange
 from service.history.store import ConversationStore
 from service.tenancy import ConversationKey, ConversationRef
 
 Order = Literal["asc", "desc"]
+# A message: an object, or its JSON.
+M = TypeVar("M")
 
-# The most messages that one read of a page asks the embedded engine for, because that engine puts its whole
-# answer together before it sends any of it, and the page may be cut by its size long before.
-_CHUNK_ITEMS = 64
 # The first part of a stream is small, because the size of the messages is not known yet. Later parts aim at
 # `_PART_BYTES`; a part that turns out larger than `_PART_BYTES_MAX` is cut.
 _FIRST_PART_ITEMS = 4
@@ -49,13 +48,13 @@ class HistoryFilter(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class MessagePage:
+class MessagePage(Generic[M]):
     """A page of messages; `boundary_seq` is the `seq` of its last, from which the next page goes on.
 
     The page is of this `version` of the conversation, or of a later one.
     """
 
-    messages: list[Json]
+    messages: list[M]
     has_more: bool
     boundary_seq: int | None
     version: int = 0
@@ -97,38 +96,78 @@ async def page(
     limit: int | None,
     last: int | None,
     order: Order,
-) -> MessagePage:
+) -> MessagePage[Json]:
     """Return a page of messages, or the newest `last` of them; see `ChatService.get_chat_history`."""
-    count = store.page_items(limit if last is None else last, "limit" if last is None else "last")
-    backwards = order == "desc" or last is not None
+    wanted = _Wanted(which, limit, last, order)
+    return await _page(store, ref, wanted, _read_page, lambda each: int(each["seq"]))
+
+
+async def encoded_page(
+    store: ConversationStore,
+    ref: ConversationRef,
+    which: HistoryFilter,
+    *,
+    limit: int | None,
+    last: int | None,
+    order: Order,
+) -> MessagePage[bytes]:
+    """Return the same page, its messages as JSON."""
+    wanted = _Wanted(which, limit, last, order)
+    found = await _page(store, ref, wanted, encoded_pages.read, lambda each: each.seq)
+    messages = [each.json for each in found.messages]
+    return MessagePage(messages, found.has_more, found.boundary_seq, found.version)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which page is asked for: `last` in place of `limit` and `order`."""
+
+    which: HistoryFilter
+    limit: int | None
+    last: int | None
+    order: Order
+
+
+async def _page(
+    store: ConversationStore,
+    ref: ConversationRef,
+    wanted: _Wanted,
+    read: Callable[
+        [ConversationStore, ConversationState, SeqRange, int, bool], Awaitable[tuple[list[M], bool]]
+    ],
+    seq_of: Callable[[M], int],
+) -> MessagePage[M]:
+    last = wanted.last
+    count = store.page_items(*((wanted.limit, "limit") if last is None else (last, "last")))
+    backwards = wanted.order == "desc" or last is not None
     async with store.reading():
         of = await store.state(ref)
         while True:
-            part = await _range_of(store, of, which)
+            part = await _range_of(store, of, wanted.which)
             # One more than the page has, which tells whether any follow.
-            found, cut = await _read_page(store, part, count + 1, backwards)
-            if not _reaches_end(of, part, found, backwards, full=cut or len(found) > count):
+            found, cut = await read(store, of, part, count + 1, backwards)
+            newest = seq_of(found[0 if backwards else -1]) if found else None
+            if not _reaches_end(of, part, newest, backwards, full=cut or len(found) > count):
                 break
             now = await store.state(ref)
             if now.last_seq == of.last_seq:
                 break
             of = now  # its end was cut off, and it went on, while this was read
     messages = found[:count]
-    boundary_seq = messages[-1]["seq"] if messages else None
+    boundary_seq = seq_of(messages[-1]) if messages else None
     if last is not None:
         messages.reverse()
     return MessagePage(messages, cut or len(found) > count, boundary_seq, of.version)
 
 
 def _reaches_end(
-    of: ConversationState, part: SeqRange, found: list[Json], backwards: bool, *, full: bool
+    of: ConversationState, part: SeqRange, newest: int | None, backwards: bool, *, full: bool
 ) -> bool:
     """Tell whether a page ends where the history does, and does not have the newest message.
 
     That message was deleted before the page was read, or while it was. In the second case others may stand
     behind its place, which the range does not reach, and the page would show an end that there never was.
     """
-    newest = (found[0] if backwards else found[-1])["seq"] if found else None
     return 0 < part.high == of.last_seq != newest and (backwards or not full)
 
 
@@ -181,15 +220,13 @@ def _part_items(part: Sequence[bytes]) -> int:
 
 
 async def _read_page(
-    store: ConversationStore, part: SeqRange, count: int, backwards: bool
+    store: ConversationStore, _: ConversationState, part: SeqRange, count: int, backwards: bool
 ) -> tuple[list[Json], bool]:
     """Read up to `count` messages, and tell whether they were cut short because of their size."""
     budget = Budget(store.settings.page_bytes_max)
-    found: list[Json] = []
+    found, chunk = list[Json](), list[bytes]()
     while len(found) < count and part.low < part.high:
-        wanted = count - len(found)
-        if store.database.limit_reads_whole_match:
-            wanted = min(wanted, _CHUNK_ITEMS)
+        wanted = encoded_pages.next_chunk(store, count - len(found), chunk)
         chunk = await seq_range.read(store, part, wanted, backwards=backwards, budget=budget)
         found += records.messages(chunk)
         if len(chunk) < wanted or budget.spent:

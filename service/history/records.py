@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from service.documents import REPLACED_FIELDS, SERVICE_FIELDS, Conversation
 from service.errors import MalformedDocument
-from service.formats import bson_codec, message_pieces
+from service.formats import bson_codec, json_answers, message_pieces
 from service.formats.strict_json import Json
 from service.tenancy import ConversationKey, OwnerKey, local_id, message_document_id
 
@@ -70,6 +70,16 @@ class ConversationState:
     turns_total: int = 0
     # The `upto_seq` of the newest checkpoint, or 0 where there is none.
     checkpoint_seq: int = 0
+    # It grows with each change of the history that is no append.
+    rewrites: int = 0
+
+
+class EncodedMessage(NamedTuple):
+    """A message as JSON in UTF-8, and the size of its document, which counts for the size of a page."""
+
+    seq: int
+    json: bytes
+    stored_bytes: int
 
 
 class Totals(NamedTuple):
@@ -147,7 +157,9 @@ def state(raw: bytes) -> ConversationState:
     raise MalformedDocument(_MALFORMED_CONVERSATION)
 
 
-_COUNTS = ("last_seq", "message_count", "version", "tokens_total", "turns_total", "checkpoint_seq")
+_COUNTS = (
+    *("last_seq", "message_count", "version", "tokens_total", "turns_total", "checkpoint_seq", "rewrites"),
+)
 
 
 def _whole(value: Any) -> Any:
@@ -182,6 +194,18 @@ def messages(documents: Sequence[bytes]) -> list[Json]:
     """Return stored messages as callers see them. Raises MalformedDocument."""
     try:
         return [_message(each) for each in bson_codec.decode_all(documents)]
+    except (AttributeError, InvalidBSON, KeyError, TypeError) as error:
+        raise MalformedDocument(f"A message of this conversation is not well formed. {_VERIFY}") from error
+
+
+def encoded(documents: Sequence[bytes]) -> list[EncodedMessage]:
+    """Return stored messages as callers see them, as JSON. Raises MalformedDocument."""
+    try:
+        shown = [_message(each) for each in bson_codec.decode_all(documents, with_zones=False)]
+        return [
+            EncodedMessage(each["seq"], json_answers.dumps(each), len(raw))
+            for each, raw in zip(shown, documents, strict=True)
+        ]
     except (AttributeError, InvalidBSON, KeyError, TypeError) as error:
         raise MalformedDocument(f"A message of this conversation is not well formed. {_VERIFY}") from error
 

@@ -36,6 +36,7 @@ from service.errors import (
 from service.formats import bson_codec
 from service.history import records
 from service.history.doorbell import Doorbell
+from service.history.kept_pages import KeptPages
 from service.history.records import STATE_FIELDS, ConversationState
 from service.settings import Settings
 from service.tenancy import ConversationKey, ConversationRef, OwnerKey, local_id
@@ -67,6 +68,8 @@ class ConversationStore:
         self.append_queues: dict[tuple[ConversationKey, OwnerKey | None], deque[Any]] = {}
         # Wakes those who follow a conversation.
         self.doorbell = Doorbell(database)
+        # What is kept of the histories that were read.
+        self.kept_pages = KeptPages(database, settings.cache_bytes)
         # Whether the maintenance has found that every conversation has an `active_at`.
         self.all_have_active_at = False
         # Work that goes on when its caller is gone.
@@ -86,6 +89,7 @@ class ConversationStore:
     async def close(self) -> None:
         """End the work that goes on, when no caller waits for it any more."""
         self.doorbell.close()
+        self.kept_pages.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -230,6 +230,9 @@ class Settings(BaseSettings):
         32 * 1024 * 1024,
         description="The most bytes of a page. A page that would be larger ends early, with `has_more`.",
     )
+    cache_bytes: int = Field(
+        2**25, ge=0, le=2**40, description="The most bytes of messages that are kept in memory; 0 for none."
+    )
     batch_items_max: int = Field(1_000, ge=1, le=1_000, description="The most messages of one append.")
 
     metrics: bool = Field(False, description="Serve `/metrics` for Prometheus.")
@@ -238,8 +241,8 @@ class Settings(BaseSettings):
         description="The bearer token of `/metrics`. `CHAT_AUTH` requires it. Without both, "
         "`/metrics` is for this machine only.",
     )
-    audit_days: Annotated[int, Field(ge=1, le=24_855)] | None = Field(
-        None, description="Keep an audit trail (the collection `audit`) for so many days."
+    audit_days: int | None = Field(
+        None, ge=1, le=24_855, description="Keep an audit trail (the collection `audit`) for so many days."
     )
     tracing: bool = Field(
         False,

@@ -92,7 +92,9 @@ async def counted(service: Service) -> AsyncIterator[tuple[ChatService, Commands
     await database.open()
     monitoring._LISTENERS.command_listeners.remove(commands)
     commands.sent.clear()
-    yield ChatService(ConversationStore(database, settings), TenantScope()), commands, database
+    store = ConversationStore(database, settings)
+    yield ChatService(store, TenantScope()), commands, database
+    await store.close()
     await database.close()
 
 
@@ -129,6 +131,32 @@ async def test_a_page_costs_the_same_in_a_conversation_of_50000_messages_as_in_o
     assert all(plan in INDEXES for plan, _ in looked_at), looked_at
     assert max(count for _, count in looked_at) <= 130
     assert sum(count for _, count in looked_at) <= 51 + 51 + (1 + TIME_STEPS) * 2 + 64 * by_time
+
+
+async def test_a_page_that_was_read_before_costs_one_command(counted: Any) -> None:
+    """The conversation is read, which tells that nothing has changed, and what was appended, if anything."""
+    chat, commands, _ = counted
+    made, _ = await chat.get_or_create_conversation("ada")
+    messages = [{"role": "user", "content": f"{n}"} for n in range(80)]
+    await chat.add_messages(made.id, messages)
+
+    async def newest() -> tuple[list[bytes], list[str]]:
+        commands.sent.clear()
+        found = await chat.get_encoded_history(made.id, last=50)
+        return found.messages, [each["find"] for each in commands.sent]
+
+    cold, read = await newest()
+    assert read == ["conversations", "messages"]
+    assert await newest() == (cold, ["conversations"])
+    (new,) = (await chat.add_message(made.id, {"role": "user", "content": "new"})).messages
+    warm, read = await newest()
+    assert (warm[:-1], read) == (cold[1:], ["conversations", "messages"])
+    assert b'"content":"new"' in warm[-1]
+    assert commands.sent[1]["filter"]["seq"] == {"$gt": new["seq"] - 1, "$lte": new["seq"]}
+    assert await newest() == (warm, ["conversations"])
+    await chat.delete_message(made.id, new["id"])
+    again, read = await newest()
+    assert (again, "messages" in read) == (cold, True)
 
 
 CONTEXTS = [

@@ -1,0 +1,121 @@
+"""Reading a page as JSON, without reading or encoding again what this process has kept (`kept_pages`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from service.database import Budget
+from service.formats import strict_json
+from service.history import records, seq_range
+from service.history.kept_pages import Kept
+from service.history.records import ConversationState, EncodedMessage
+from service.history.seq_range import SeqRange
+from service.history.store import ConversationStore
+
+# The most messages that the first query of a page asks the embedded engine for, because that engine puts its
+# whole answer together before it sends any of it, and the page may be cut by its size long before.
+_CHUNK_ITEMS = 64
+# If those were small, the next query asks for more, which are about this large together if they are alike.
+_CHUNK_BYTES = 8 * 1024 * 1024
+_CHUNK_GROWTH = 4
+
+
+def next_chunk(store: ConversationStore, wanted: int, before: Sequence[bytes]) -> int:
+    """Return how many messages the next query asks for, after those of the query before it."""
+    if not store.database.limit_reads_whole_match:
+        return wanted
+    if not before:
+        return min(wanted, _CHUNK_ITEMS)
+    typical = max(1, sum(map(len, before)) // len(before))
+    return min(wanted, max(_CHUNK_ITEMS, min(_CHUNK_BYTES // typical, _CHUNK_GROWTH * len(before))))
+
+
+async def read(
+    store: ConversationStore, of: ConversationState, part: SeqRange, count: int, backwards: bool
+) -> tuple[list[EncodedMessage], bool]:
+    """Read up to `count` messages, and tell whether they were cut short because of their size.
+
+    What is kept already is taken from there, what is read now is kept, and the answer is the same.
+    """
+    # A role picks messages out of a history, of which nothing is kept then.
+    pages = store.kept_pages if part.role is None else None
+    generation = store.kept_pages.generation
+    kept = pages.find(of) if pages else None
+    budget, found, chunk = Budget(store.settings.page_bytes_max), list[EncodedMessage](), list[bytes]()
+    while len(found) < count and part.low < part.high and not budget.spent:
+        if kept is not None and _begins_in(kept, part, backwards):
+            _take(found, kept, part, count, backwards=backwards, budget=budget)
+            part = part.clip(part.low, kept.low) if backwards else part.clip(kept.high, part.high)
+            continue
+        gap = _before_kept(kept, part, backwards)
+        wanted = next_chunk(store, count - len(found), chunk)
+        chunk = await seq_range.read(store, gap, wanted, backwards=backwards, budget=budget)
+        encoded = await _encoded(chunk)
+        found += encoded
+        ended = len(chunk) < wanted and not budget.spent
+        if encoded:
+            kept = _with(kept, of.rewrites, gap, encoded, backwards=backwards, ended=ended)
+        if not ended:
+            part = part.rest_after(found[-1].seq, backwards)
+        else:
+            part = part.clip(part.low, gap.low) if backwards else part.clip(gap.high, part.high)
+    if pages and kept is not None:
+        pages.keep(of, kept, generation)
+    return found, budget.spent
+
+
+def _begins_in(kept: Kept, part: SeqRange, backwards: bool) -> bool:
+    """Tell whether the first messages of the part are kept."""
+    return kept.low < part.high <= kept.high if backwards else kept.low <= part.low < kept.high
+
+
+def _take(
+    found: list[EncodedMessage], kept: Kept, part: SeqRange, count: int, *, backwards: bool, budget: Budget
+) -> None:
+    """Add what is kept of the part, up to `count` messages and within the budget."""
+    own = kept.within(part.low, part.high)
+    left = count - len(found)
+    for message in reversed(own[-left:]) if backwards else own[:left]:
+        if not budget.admits_size(message.stored_bytes):
+            return
+        found.append(message)
+
+
+def _before_kept(kept: Kept | None, part: SeqRange, backwards: bool) -> SeqRange:
+    """Return the first part of it that is not kept."""
+    if kept is None:
+        return part
+    if backwards:
+        return part.clip(kept.high, part.high) if kept.high < part.high else part
+    return part.clip(part.low, kept.low) if part.low < kept.low else part
+
+
+def _with(
+    kept: Kept | None,
+    rewrites: int,
+    gap: SeqRange,
+    encoded: Sequence[EncodedMessage],
+    *,
+    backwards: bool,
+    ended: bool,
+) -> Kept:
+    """Add what was read of a gap to what is kept.
+
+    Behind the newest of these messages nothing is known, unless what is kept goes on there: that they are all
+    may be true for this moment only.
+    """
+    if backwards:
+        messages = encoded[::-1]
+        low = gap.low if ended else messages[0].seq - 1
+        high = gap.high if kept is not None and kept.low == gap.high else messages[-1].seq
+    else:
+        messages = encoded
+        low = gap.low
+        high = gap.high if ended and kept is not None and kept.low == gap.high else messages[-1].seq
+    if kept is None:
+        return Kept.of(rewrites, low, high, list(messages))
+    return kept.extended(low, high, list(messages))
+
+
+async def _encoded(chunk: list[bytes]) -> list[EncodedMessage]:
+    return await strict_json.beside(sum(map(len, chunk)), lambda: records.encoded(chunk))
