@@ -57,7 +57,7 @@ async def test_an_error_of_a_call_reaches_the_coroutine_and_then_the_caller(thre
 
 async def test_a_cancelled_caller_ends_the_coroutine_before_its_next_call(threads: DriverThreads) -> None:
     began, may_end, ended = threading.Event(), threading.Event(), threading.Event()
-    calls = []
+    calls: list[int] = []
 
     def call() -> None:
         calls.append(len(calls))
