@@ -9,12 +9,13 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import structlog
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
 from service.access.api_keys import ApiKeys
@@ -36,6 +37,14 @@ from service.telemetry import logging, metrics
 
 log = structlog.get_logger(__name__)
 
+# A request is compared with the routes in this order.
+_ROUTERS = (
+    *(messages.router, conversations.router, messages.pop_router, replacements.router),
+    *(meta.router, live.router, context.router, users.router),
+    *(openai_conversations.router, openai_items.router),
+    *(meta.docs_router, pages.router, actions.router),
+)
+
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application. Nothing connects before the lifespan begins."""
@@ -51,22 +60,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.include_router(conversations.router)
-    app.include_router(messages.router)
-    app.include_router(messages.pop_router)
-    app.include_router(replacements.router)
-    app.include_router(live.router)
-    app.include_router(context.router)
-    app.include_router(openai_conversations.router)
-    app.include_router(openai_items.router)
-    app.include_router(users.router)
-    app.include_router(meta.router)
-    app.include_router(meta.docs_router)
-    app.include_router(pages.router)
-    app.include_router(actions.router)
+    routers = [*_ROUTERS]
     if settings.metrics:
         metrics.enable()
-        app.include_router(meta.metrics_router)
+        routers.append(meta.metrics_router)
+    described = _include(app, routers)
     problems.install(app, settings.retry_after_s)
     app.add_middleware(authentication.AuthenticationMiddleware, settings=settings)
     app.add_middleware(ErrorPages)
@@ -75,8 +73,22 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(request_log.RequestLogMiddleware, on_failure=failed)
     if settings.tracing:
         app.state.end_tracing = _enable_tracing(app)
-    app.openapi = lambda: meta.describe(app)  # type: ignore[method-assign]
+    app.openapi = lambda: meta.describe(app, described)  # type: ignore[method-assign]
     return app
+
+
+def _include(app: FastAPI, routers: Sequence[APIRouter]) -> list[BaseRoute]:
+    """Add the routes of routers to the application, and return them as OpenAPI is to describe them.
+
+    FastAPI's `include_router` names the operations. But it keeps each router as one route, and looks for the
+    route of a request twice in each, which is a third of the cost of a small request. So requests go to the
+    routers' own routes, which lack nothing that the application would add.
+    """
+    for router in routers:
+        app.include_router(router)
+    described = [*app.router.routes]
+    app.router.routes[:] = [route for router in routers for route in router.routes]
+    return described
 
 
 def _enable_tracing(app: FastAPI) -> Callable[[], None]:
