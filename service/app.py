@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +25,7 @@ from service.access.audit import Audit
 from service.access.authentication import Authenticator
 from service.api import context, conversations, live, messages, meta, problems, replacements, users
 from service.api.dependencies import Resources
+from service.api.direct_calls import call_directly
 from service.api.middleware import authentication, browsers, request_log
 from service.api.openai import conversations as openai_conversations
 from service.api.openai import items as openai_items
@@ -87,7 +90,10 @@ def _include(app: FastAPI, routers: Sequence[APIRouter]) -> list[BaseRoute]:
     for router in routers:
         app.include_router(router)
     described = [*app.router.routes]
-    app.router.routes[:] = [route for router in routers for route in router.routes]
+    app.router.routes[:] = [copy.copy(route) for router in routers for route in router.routes]
+    for route in app.router.routes:
+        if isinstance(route, APIRoute):
+            call_directly(route)
     return described
 
 
