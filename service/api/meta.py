@@ -6,6 +6,7 @@ Metrics are for the holder of their token, or, where there is none, for this mac
 from __future__ import annotations
 
 import hmac
+from collections.abc import Sequence
 from importlib.resources import files as resources_of
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from pydantic import (
 )
 from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute
 
 from service.api import problems
 from service.api.bodies import json_response
@@ -199,12 +201,10 @@ def _declare_token(method: str, call: dict[str, Any]) -> None:
             answer.setdefault("headers", {})[COMMIT_HEADER] = _TOKEN
 
 
-def describe(app: FastAPI) -> dict[str, Any]:
+def describe(app: FastAPI, routes: Sequence[BaseRoute]) -> dict[str, Any]:
     """Return the OpenAPI document, with the schemas of the bodies that the routes read themselves."""
     if app.openapi_schema is None:
-        schema = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes
-        )
+        schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=routes)
         models = (
             NewCheckpoint,
             NewConversation,

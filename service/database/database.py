@@ -228,6 +228,23 @@ class Database(OpenDatabase):
         arguments = (pymongo_collection(document), query, changes, fields, pymongo_session(session))
         return await self._connection.run_in_thread(functools.partial(update, *arguments))
 
+    async def update_if_equal(
+        self,
+        document: type[Document],
+        key: str,
+        expected: Mapping[str, Any],
+        changes: Mapping[str, Any],
+        session: Session | None,
+    ) -> bool:
+        """Change the document with this `_id` if the expected fields still have these values.
+
+        Returns whether it has; `changes` are new values, or expressions of the aggregation.
+        """
+        arguments = (pymongo_collection(document), key, expected, changes, pymongo_session(session))
+        return await self._connection.run_in_thread(
+            functools.partial(raw_documents.update_if_equal, *arguments)
+        )
+
     async def insert(
         self, document: type[Document], documents: Sequence[bytes], session: Session | None
     ) -> None:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import os
-import threading
 import warnings
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import pymongo
 from beanie import Document, init_beanie
@@ -29,6 +26,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
 from service.database.driver_errors import unusable_url
+from service.database.threads import DriverThreads
 from service.documents import (
     ApiKey,
     AuditEntry,
@@ -52,13 +50,10 @@ os.environ.setdefault("MOTOR_MAX_WORKERS", "32")
 from motor.motor_asyncio import AsyncIOMotorClient, AsyncIOMotorClientSession
 
 Session = AsyncIOMotorClientSession
-T = TypeVar("T")
 
 # A majority has the commit in its journal before the commit is acknowledged, so no fail-over and no crash
 # takes an acknowledged write back.
 _DURABLE = WriteConcern("majority", j=True)
-# As many threads as Motor has: the most calls of the driver that run at once.
-_THREADS = 32
 _CLOSE_TIMEOUT_S = 1.0
 
 
@@ -78,15 +73,15 @@ class Commit:
 READ_AFTER: ContextVar[Commit | None] = ContextVar("read_after", default=None)
 
 
-class Connection:
+class Connection(DriverThreads):
     """The client of one database, and the threads in which calls of the driver run."""
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__()
         self._settings = settings
         self._client: AsyncIOMotorClient[dict[str, Any]] | None = None
         # The latest commit that this process was told of.
         self.committed: Commit | None = None
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="database")
 
     @property
     def is_connected(self) -> bool:
@@ -199,41 +194,6 @@ class Connection:
             session.advance_cluster_time(told.cluster_time)
         return session
 
-    async def run_in_thread(self, calls: Callable[[], T]) -> T:
-        """Run one call of the driver, or several in a row, in one thread, with the caller's deadline.
-
-        Motor takes a thread for each call, and several turns of the event loop, which is most of its cost.
-        """
-        # The driver keeps its deadline in a context variable.
-        context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, calls)
-
-    async def run_without_limit(self, calls: Callable[[], T]) -> T:
-        """Run calls of the driver that may take hours, without any deadline, in a thread of their own.
-
-        The interpreter waits for the threads of an executor when it ends, so there a call that takes hours
-        would keep the process from ending. It does not wait for a daemon thread.
-        """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-
-        def run() -> None:
-            try:
-                # Zero is no limit, also where the URL has `timeoutMS`.
-                with pymongo.timeout(0):
-                    result = calls()
-            except BaseException as error:  # noqa: BLE001  (whoever waits for the result gets it)
-                tell(_fail, future, error)
-            else:
-                tell(_succeed, future, result)
-
-        def tell(*call: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the event loop has ended, so nobody waits
-                loop.call_soon_threadsafe(*call)
-
-        threading.Thread(target=run, name="database-without-limit", daemon=True).start()
-        return await future
-
     async def close(self) -> None:
         """Close the connections, within about a second also where nothing answers."""
         if self._client is not None:
@@ -243,8 +203,7 @@ class Connection:
             known = client.delegate.topology_description.has_readable_server()
             with pymongo.timeout(_CLOSE_TIMEOUT_S if known else _CLOSE_TIMEOUT_S / 10):
                 await asyncio.to_thread(client.close)
-        # A thread that still waits for the server is not waited for: its own deadline ends it.
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.close_threads()
 
     def _connected(self) -> AsyncIOMotorClient[dict[str, Any]]:
         assert self._client is not None
@@ -260,16 +219,6 @@ def _client_of(url: str, **options: Any) -> AsyncIOMotorClient[dict[str, Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         return AsyncIOMotorClient(url, **options)
-
-
-def _succeed(future: asyncio.Future[T], result: T) -> None:
-    if not future.done():
-        future.set_result(result)
-
-
-def _fail(future: asyncio.Future[Any], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
 
 
 @overload

@@ -84,6 +84,25 @@ def update_and_find(
     return find(collection, {"_id": query["_id"]}, fields, session, limit=1)[0]
 
 
+def update_if_equal(
+    collection: Collection[dict[str, Any]],
+    key: str,
+    expected: Mapping[str, Any],
+    changes: Mapping[str, Any],
+    session: ClientSession | None,
+) -> bool:
+    """Change the document with this `_id` if the expected fields still have these values, and tell whether.
+
+    `changes` are the new values, or expressions of them. It is for the embedded engine, to which the same
+    condition costs several times as much in the filter as in an expression.
+    """
+    stored = [f"${name}" for name in expected]
+    is_expected = {"$eq": [stored, {"$literal": list(expected.values())}]}
+    changed = {"$mergeObjects": ["$$ROOT", changes]}
+    pipeline = [{"$replaceWith": {"$cond": [is_expected, changed, "$$ROOT"]}}]
+    return collection.update_one({"_id": key}, pipeline, session=session).modified_count == 1
+
+
 def find_one_and_update(
     collection: Collection[dict[str, Any]],
     query: Mapping[str, Any],

@@ -111,8 +111,7 @@ async def insert(
     # The first statement, so that the lock is held before anything is read. Without it two appends could take
     # the same seqs.
     counted = {"last_seq": count, "message_count": count, "tokens_total": tokens, "turns_total": turns}
-    taken = {"$inc": {**counted, "version": len(batches)}}
-    of = records.state(await store.lock_and_update(transaction, ref, taken, active=True))
+    of = await store.lock_and_count(transaction, ref, {**counted, "version": len(batches)})
     if condition is not None:
         before = conditions.before(of, versions=len(batches), appended=count)
         await conditions.require(store, condition, before, transaction)

@@ -46,7 +46,8 @@ async def append(
     store.database.require_free_disk()
     async with store.deadline():
         if condition is not None or store.is_free(ref):
-            result = await appending.append_alone(store, ref, batch, Transaction(), condition)
+            transaction = Transaction(in_one_thread=True)
+            result = await appending.append_alone(store, ref, batch, transaction, condition)
         else:
             result = await _append_in_group(store, ref, batch)
     metrics.count("replays" if result.replayed else "appends")
@@ -140,7 +141,7 @@ async def _store_group(
     and the rest is stored. Returns the batches that must be stored by themselves, and the transaction, which
     knows whether a run of it may have committed.
     """
-    transaction = Transaction()
+    transaction = Transaction(in_one_thread=True)
     alone: list[_Waiting] = []
     while group:
         try:
@@ -207,7 +208,7 @@ async def _store_alone(
 
     If a run of the group's transaction may have committed, the messages may be this request's own.
     """
-    transaction = Transaction(may_have_committed=may_have_committed)
+    transaction = Transaction(may_have_committed=may_have_committed, in_one_thread=True)
     try:
         async with store.deadline():
             result = await appending.append_alone(store, ref, waiting.batch, transaction)

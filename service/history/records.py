@@ -132,13 +132,25 @@ def _exact_metadata(raw: bytes) -> Json:
 def state(raw: bytes) -> ConversationState:
     """Return what the rules need of a stored conversation, of which STATE_FIELDS were read.
 
+    Raises MalformedDocument.
+    """
+    return state_of(state_fields(raw))
+
+
+def state_fields(raw: bytes) -> Json:
+    """Decode a stored conversation of which STATE_FIELDS were read. Raises MalformedDocument."""
+    try:
+        return bson_codec.decode(raw)
+    except InvalidBSON as error:
+        raise MalformedDocument(_MALFORMED_CONVERSATION) from error
+
+
+def state_of(stored: Json) -> ConversationState:
+    """Return what the rules need of STATE_FIELDS.
+
     Only these fields are checked, so nothing else in the document keeps anybody from its messages. Raises
     MalformedDocument.
     """
-    try:
-        stored = bson_codec.decode(raw)
-    except InvalidBSON as error:
-        raise MalformedDocument(_MALFORMED_CONVERSATION) from error
     key, owner, updated_at = map(stored.get, ("_id", "user_id", "updated_at"))
     last_seq, *counts = (_whole(stored.get(name, 0)) for name in _COUNTS)
     if (

@@ -34,6 +34,7 @@ from service.errors import (
     InvalidRequest,
 )
 from service.formats import bson_codec
+from service.formats.strict_json import Json
 from service.history import records
 from service.history.doorbell import Doorbell
 from service.history.kept_pages import KeptPages
@@ -48,6 +49,8 @@ log = structlog.get_logger(__name__)
 # first to the second.
 PAUSE_S = 0.005
 PAUSE_S_MAX = 0.25
+# Of so many conversations the state is remembered.
+_LEFT_MOST = 4_000
 # The errors that a read in `read_committed` may raise as its result. They commit; any other error aborts.
 _FINDINGS = (BrokenCounter, ConversationIdTaken, ConversationNotFound, IdempotencyConflict)
 
@@ -64,6 +67,9 @@ class ConversationStore:
         self._locks: WeakValueDictionary[tuple[ConversationKey, OwnerKey | None], asyncio.Lock] = (
             WeakValueDictionary()
         )
+        # The STATE_FIELDS of conversations as this process left them, of the embedded engine only. It is no
+        # more than a guess, because others write, too, and a transaction may fail.
+        self._left: dict[ConversationKey, Json] = {}
         # The appends that wait for each other, of each conversation (see `group_commit`).
         self.append_queues: dict[tuple[ConversationKey, OwnerKey | None], deque[Any]] = {}
         # Wakes those who follow a conversation.
@@ -152,12 +158,45 @@ class ConversationStore:
         The update locks it until the commit against every other write. Its `updated_at` moves to now, and
         with `active` its `active_at`, too, but never backwards, whatever the clock of this process says.
         """
+        self._left.pop(ref.key, None)
         now = clock.now()
         update = {**changes, "$max": {"updated_at": now, "active_at": now} if active else {"updated_at": now}}
         found = await self.database.update(Conversation, ref.filter(), update, transaction.session, fields)
         if found is None:
             raise no_conversation(ref)
         return found
+
+    async def lock_and_count(
+        self, transaction: Transaction, ref: ConversationRef, counts: Mapping[str, int]
+    ) -> ConversationState:
+        """Add to counters of the conversation, for new messages, and return its state as it then stands.
+
+        It locks the conversation as `lock_and_update` does, and raises the same. On the embedded engine the
+        first attempt is an update that expects the conversation as this process left it, because with that
+        the state is known and need not be read. That saves one command of four.
+        """
+        left = self._left.pop(ref.key, None)
+        if left is not None and ref.owner in {None, left["user_id"]} and not ref.conditions:
+            now = clock.now()
+            changes = {name: left[name] + by for name, by in counts.items()}
+            changes["updated_at"] = max(left["updated_at"], now)
+            set_active = {"active_at": {"$max": ["$active_at", now]}}
+            if await self.database.update_if_equal(
+                Conversation, ref.key, left, {**changes, **set_active}, transaction.session
+            ):
+                return self._state_to_remember({**left, **changes})
+        locked = await self.lock_and_update(transaction, ref, {"$inc": counts}, active=True)
+        return self._state_to_remember(records.state_fields(locked))
+
+    def _state_to_remember(self, stored: Json) -> ConversationState:
+        of = records.state_of(stored)
+        # An older version stored fewer of them, and a shell may have stored anything.
+        counters = [stored.get(name) for name in STATE_FIELDS if name not in {"user_id", "updated_at"}]
+        if self.database.embedded_engine and all(isinstance(each, int) for each in counters):
+            if len(self._left) >= _LEFT_MOST:
+                self._left.clear()
+            self._left[of.key] = stored
+        return of
 
     async def run_exclusive(
         self,

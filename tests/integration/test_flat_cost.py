@@ -285,18 +285,16 @@ async def test_on_mongodb_one_query_reads_the_same(counted: Any, talks: Any) -> 
     assert await chat.list_conversations("ada", limit=3) == listed
 
 
-async def test_an_append_is_four_round_trips_all_of_them_in_its_transaction(counted: Any) -> None:
+async def test_an_append_is_three_round_trips_and_the_first_one_four_in_one_transaction(counted: Any) -> None:
     chat, commands, _ = counted
     conversation, _ = await chat.get_or_create_conversation("ada", new_id())
-    for size in (1, 4, 1_000):
+    for number, size in enumerate((1, 4, 1_000)):
         commands.sent.clear()
         await chat.add_messages(conversation.id, [{"role": "user", "content": "x"}] * size)
-        assert [next(iter(each)) for each in commands.sent] == [
-            "update",
-            "find",
-            "insert",
-            "commitTransaction",
-        ]
+        # The process has not appended to it before, so it must read what it counts from.
+        first = ["find"] if number == 0 else []
+        sent = [next(iter(each)) for each in commands.sent]
+        assert sent == ["update", *first, "insert", "commitTransaction"]
         assert len({each["txnNumber"] for each in commands.sent}) == 1
         assert commands.sent[-1]["writeConcern"] == {"w": "majority", "j": True}
 
