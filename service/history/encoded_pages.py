@@ -31,15 +31,21 @@ def next_chunk(store: ConversationStore, wanted: int, before: Sequence[bytes]) -
 
 
 async def read(
-    store: ConversationStore, of: ConversationState, part: SeqRange, count: int, backwards: bool
+    store: ConversationStore,
+    of: ConversationState,
+    part: SeqRange,
+    count: int,
+    backwards: bool,
+    *,
+    generation: int,
 ) -> tuple[list[EncodedMessage], bool]:
     """Read up to `count` messages, and tell whether they were cut short because of their size.
 
     What is kept already is taken from there, what is read now is kept, and the answer is the same.
+    `generation` is that of `KeptPages` before the state of the conversation was read.
     """
     # A role picks messages out of a history, of which nothing is kept then.
     pages = store.kept_pages if part.role is None else None
-    generation = store.kept_pages.generation
     kept = pages.find(of) if pages else None
     budget, found, chunk = Budget(store.settings.page_bytes_max), list[EncodedMessage](), list[bytes]()
     while len(found) < count and part.low < part.high and not budget.spent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -113,7 +114,8 @@ async def encoded_page(
 ) -> MessagePage[bytes]:
     """Return the same page, its messages as JSON."""
     wanted = _Wanted(which, limit, last, order)
-    found = await _page(store, ref, wanted, encoded_pages.read, lambda each: each.seq)
+    read = functools.partial(encoded_pages.read, generation=store.kept_pages.generation)
+    found = await _page(store, ref, wanted, read, lambda each: each.seq)
     messages = [each.json for each in found.messages]
     return MessagePage(messages, found.has_more, found.boundary_seq, found.version)
 
