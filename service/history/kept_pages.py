@@ -7,9 +7,9 @@ what was appended since must be read. That holds across processes. Three things 
 - It has at most `CHAT_CACHE_BYTES`; what was not read for the longest time goes first.
 - Nothing is kept for longer than KEPT_S, because an operator may change a message by hand in the shell, which
   moves no counter.
-- While anything is kept, the process looks every third of a second whether erasures go on or have ended, of this
-  process or another, and then drops all of it. It also does if it cannot look. So an erased user's messages
-  are in the memory of no process a second after the erasure has ended.
+- While anything is kept, the process looks every third of a second whether erasures go on or have ended, its
+  own or another process's, and then drops all of it. It also does if it cannot look. So an erased user's
+  messages are in the memory of no process a second after the erasure has ended.
 
 `tests/integration/test_kept_pages.py` proves each of these.
 """
