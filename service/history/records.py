@@ -15,6 +15,7 @@ from service.documents import REPLACED_FIELDS, SERVICE_FIELDS, Conversation
 from service.errors import MalformedDocument
 from service.formats import bson_codec, json_answers, message_pieces
 from service.formats.strict_json import Json
+from service.history import written_types
 from service.tenancy import ConversationKey, OwnerKey, local_id, message_document_id
 
 _VERIFY = "`chat-history verify` names it. An operator must correct or remove it."
@@ -103,7 +104,27 @@ def document(raw: bytes) -> Conversation:
 
 def conversation(raw: bytes) -> ConversationRecord:
     """Return a stored conversation as callers see it. Raises MalformedDocument."""
-    return of_document(document(raw))
+    try:
+        stored = bson_codec.decode(raw)
+    except InvalidBSON as error:
+        raise MalformedDocument(_MALFORMED_CONVERSATION) from error
+    if not written_types.is_as_written(stored):
+        return of_document(document(raw))  # the model corrects, or refuses, what somebody wrote by hand
+    exact, updated_at = stored.get("exact_metadata"), stored["updated_at"]
+    return ConversationRecord(
+        id=local_id(stored["_id"]),
+        user_id=local_id(stored["user_id"]),
+        title=stored.get("title"),
+        metadata=stored.get("metadata", {}) if exact is None else _exact_metadata(exact),
+        created_at=stored["created_at"],
+        updated_at=updated_at,
+        active_at=stored.get("active_at") or updated_at,
+        last_seq=int(stored.get("last_seq", 0)),
+        message_count=int(stored.get("message_count", 0)),
+        version=int(stored.get("version", 0)),
+        edits=int(stored.get("edits", 0)),
+        expires_at=stored.get("expires_at"),
+    )
 
 
 def of_document(stored: Conversation) -> ConversationRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.documents import Conversation
 from service.errors import MalformedDocument
 from service.formats import bson_codec
-from service.history import records
-from service.history.records import ConversationState, Totals, all_owned_by, owned_by
+from service.history import records, written_types
+from service.history.records import ConversationRecord, ConversationState, Totals, all_owned_by, owned_by
 from service.tenancy import ConversationKey, OwnerKey
 from tests import strategies
 from tests.unit.fake_store import KEY, OWNER, START, Json, conversation, encoded, message
@@ -23,6 +25,50 @@ usable = pytest.mark.usefixtures("documents")
 
 
 # -- conversations ---------------------------------------------------------------------------------
+
+
+ODD: list[Any] = [
+    *(None, True, 5, -(2**63), 2**40, 5.0, 5.5, float("nan"), "", "5", "x", START, b"x", bson.ObjectId()),
+    *({}, {"b": 1, "a": [START]}, {"$ref": "a", "$id": 1}, [], [1], [[1, 2]], [[1, 2.5]], [[1, "x"]], [{}]),
+    *(bson.encode({"metadata": {"x": 1}}), bson.Decimal128("5"), bson.Binary(b"x", 128), bson.Regex("x")),
+]
+MISSING = object()
+
+
+@usable
+@pytest.mark.parametrize("name", [*written_types.TYPES, "id", "revision_id", "another"])
+@pytest.mark.parametrize("value", [MISSING, *ODD], ids=lambda each: repr(each)[:30])
+def test_a_conversation_is_shown_as_the_model_reads_it_whatever_is_stored(name: str, value: Any) -> None:
+    stored = {**conversation(), name: value}
+    if value is MISSING:
+        del stored[name]
+    raw = encoded(stored)
+    expected = _shown_or_refused(lambda: records.of_document(records.document(raw)))
+    shown = _shown_or_refused(lambda: records.conversation(raw))
+    # As text, too, because 1 and 1.0 and True are equal, and so are objects in another order. NaN is not
+    # equal to itself, but its text is.
+    assert str(shown).replace("TzInfo(0)", "utc") == str(expected).replace("TzInfo(0)", "utc")
+    if isinstance(shown, ConversationRecord):
+        assert type(shown.metadata) is dict
+        counts = (shown.last_seq, shown.message_count, shown.version, shown.edits)
+        assert [type(each) for each in counts] == [int] * 4
+
+
+def _shown_or_refused(show: Callable[[], ConversationRecord]) -> Any:
+    try:
+        return show()
+    except MalformedDocument as error:
+        return type(error.__cause__), str(error)
+
+
+@usable
+def test_the_model_is_not_asked_about_what_the_service_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = Conversation(
+        id="c", user_id="ada", created_at=START, updated_at=START, rewrites=2**40, rewritten=[[1, 2, 3, 4]]
+    ).model_dump(by_alias=True, exclude={"revision_id"})
+    assert set(written) == set(written_types.TYPES)
+    monkeypatch.setattr(records, "document", None)
+    assert records.conversation(encoded(written)).id == "c"
 
 
 @usable
