@@ -9,9 +9,11 @@ from typing import Any
 
 from tenacity import AsyncRetrying
 
+from chat_history_client import _appending as appending
 from chat_history_client import _requests as requests
+from chat_history_client._appending import Batch
 from chat_history_client._async.connections import Connections
-from chat_history_client._requests import Batch, Call, Field
+from chat_history_client._requests import Call, Field
 from chat_history_client._retries import answer, gone_already, retrying
 from chat_history_client._stream import ExportStream, HistoryStream
 from chat_history_client.errors import ApiError, NotFound
@@ -68,7 +70,7 @@ class Calls(Connections):
     async def _add_all(
         self, conversation_id: str, field: Field, values: Sequence[Mapping[str, Any]], user_id: str
     ) -> None:
-        batches = requests.batches(field, values)
+        batches = appending.batches(field, values)
         if batches:
             await self._settled(lambda: self._add_batches(conversation_id, batches, user_id))
 
@@ -102,6 +104,6 @@ class Calls(Connections):
         async def put_back(taken: Json | None) -> None:
             if taken is not None:
                 message = taken["message"] if view == "items" else taken
-                await self._attempts(requests.put_back(conversation_id, message, user_id))
+                await self._attempts(appending.put_back(conversation_id, message, user_id))
 
         return await self._settled(take, repeatable=False, undo=put_back)

@@ -10,8 +10,10 @@ from typing import Any
 
 from tenacity import Retrying
 
+from chat_history_client import _appending as appending
 from chat_history_client import _requests as requests
-from chat_history_client._requests import Batch, Call, Field
+from chat_history_client._appending import Batch
+from chat_history_client._requests import Call, Field
 from chat_history_client._retries import answer, gone_already, retrying
 from chat_history_client._stream import ExportStream, HistoryStream
 from chat_history_client._sync.connections import Connections
@@ -69,7 +71,7 @@ class Calls(Connections):
     def _add_all(
         self, conversation_id: str, field: Field, values: Sequence[Mapping[str, Any]], user_id: str
     ) -> None:
-        batches = requests.batches(field, values)
+        batches = appending.batches(field, values)
         if batches:
             self._settled(lambda: self._add_batches(conversation_id, batches, user_id))
 
@@ -103,6 +105,6 @@ class Calls(Connections):
         def put_back(taken: Json | None) -> None:
             if taken is not None:
                 message = taken["message"] if view == "items" else taken
-                self._attempts(requests.put_back(conversation_id, message, user_id))
+                self._attempts(appending.put_back(conversation_id, message, user_id))
 
         return self._settled(take, repeatable=False, undo=put_back)
