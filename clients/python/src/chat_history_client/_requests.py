@@ -18,6 +18,9 @@ Field: TypeAlias = Literal["messages", "items"]
 UNSET: Any = object()
 PAGE_ITEMS = 1_000
 _LINES = {"Accept": "application/x-ndjson"}
+EVENTS = {"Accept": "text/event-stream"}
+# The service sends a comment every 15 seconds. After three of them that did not come, a stream is lost.
+_SILENCE_S = 45.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Call:
     """One request, which may be sent again if it is `repeatable`.
 
     With `gone_is_done`, a repetition that finds nothing follows an attempt that was done, but not answered.
+    `silence_s` is how long its answer may pause, where that is longer than the time-out of the client.
     """
 
     method: str
@@ -34,6 +38,7 @@ class Call:
     headers: Mapping[str, str] | None = None
     repeatable: bool = True
     gone_is_done: bool = False
+    silence_s: float = 0.0
 
     def options(self) -> Json:
         """Return it as httpx takes it."""
@@ -146,6 +151,17 @@ def read_messages(conversation_id: str, query: Mapping[str, Any]) -> Call:
 def stream_messages(conversation_id: str, query: Mapping[str, Any]) -> Call:
     """Read a history as lines."""
     return Call("GET", messages_path(conversation_id), query, headers=_LINES)
+
+
+def follow_messages(conversation_id: str, query: Mapping[str, Any], position: int | None) -> Call:
+    """Follow a history, after the position of the latest event if there is one."""
+    headers = EVENTS if position is None else {**EVENTS, "Last-Event-ID": str(position)}
+    return Call("GET", messages_path(conversation_id), query, headers=headers, silence_s=_SILENCE_S)
+
+
+def follow_conversations(user_id: str | None) -> Call:
+    """Follow a list of conversations."""
+    return Call("GET", "/events", {"user_id": user_id}, headers=EVENTS, silence_s=_SILENCE_S)
 
 
 def read_message(conversation_id: str, message_id: str, user_id: str | None) -> Call:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from tenacity import RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from chat_history_client._requests import Call
+from chat_history_client._requests import EVENTS, Call
 from chat_history_client.errors import ApiError, Conflict, NotFound, Stale, Unavailable
 
 Stop = Callable[[RetryCallState], bool]
@@ -72,6 +72,17 @@ def answer(response: httpx.Response) -> Any:
     except ValueError:
         detail = "The answer is not JSON, so `base_url` is not this service's."
         raise ApiError(response.status_code, {"detail": detail}) from None
+
+
+def raise_unless_begun(call: Call, response: httpx.Response) -> None:
+    """Raise the error that the head of an answer says, also if it is no stream of events and must be one."""
+    raise_for(response)
+    wanted = EVENTS["Accept"]
+    if (call.headers or {}).get("Accept") != wanted:
+        return
+    if not response.headers.get("content-type", "").startswith(wanted):
+        detail = "The answer is no stream of events, so `base_url` is not this service's."
+        raise ApiError(response.status_code, {"detail": detail})
 
 
 # Reasons of OpenSSL that mean that the other side does not speak TLS, or none that we do.

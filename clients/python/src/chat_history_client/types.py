@@ -48,6 +48,87 @@ class MessageItems(TypedDict):
     items: list[Item]
 
 
+class MessageEvent(TypedDict):
+    """`message`: a new one. `updated`: one as it stands now, in the place of the one with its `seq`.
+
+    `id` is the seq after which a later `tail` goes on.
+    """
+
+    event: Literal["message", "updated"]
+    data: Message
+    id: NotRequired[int]
+
+
+class DeletedMessages(TypedDict):
+    """The seqs where no message stands any more: `after` < seq <= `upto`."""
+
+    after: int
+    upto: int
+
+
+class DeletedEvent(TypedDict):
+    """Messages were deleted; some of them may have been gone before."""
+
+    event: Literal["deleted"]
+    data: DeletedMessages
+
+
+class LastSeq(TypedDict):
+    """The newest seq of a conversation."""
+
+    last_seq: int
+
+
+class HeadEvent(TypedDict):
+    """All that was there has been told; what follows is new. It comes once."""
+
+    event: Literal["head"]
+    data: LastSeq
+    id: NotRequired[int]
+
+
+class GoneEvent(TypedDict):
+    """The conversation was deleted. It is the last event."""
+
+    event: Literal["gone"]
+    data: Json
+
+
+# What `tail` yields; `event` tells which one it is.
+HistoryEvent: TypeAlias = MessageEvent | DeletedEvent | HeadEvent | GoneEvent
+
+
+class ConversationEvent(TypedDict):
+    """A conversation was created or changed, and is now as `data` says."""
+
+    event: Literal["created", "changed"]
+    data: Conversation
+
+
+class ConversationId(TypedDict):
+    """The id of a conversation."""
+
+    id: str
+
+
+class ConversationDeletedEvent(TypedDict):
+    """A conversation was deleted."""
+
+    event: Literal["deleted"]
+    data: ConversationId
+
+
+class ListHeadEvent(TypedDict):
+    """The list is to be read now, because not every earlier change has been told."""
+
+    event: Literal["head"]
+    data: Json
+
+
+# What `tail_conversations` yields.
+ListEvent: TypeAlias = ConversationEvent | ConversationDeletedEvent | ListHeadEvent
+
+
 class EraseReceipt(TypedDict):
     """How much an erasure removed or, with `dry_run`, would remove."""
 

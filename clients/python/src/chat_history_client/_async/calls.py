@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import httpx
 from tenacity import AsyncRetrying
 
 from chat_history_client import _appending as appending
@@ -16,6 +17,7 @@ from chat_history_client._async.connections import Connections
 from chat_history_client._requests import Call, Field
 from chat_history_client._retries import answer, gone_already, retrying
 from chat_history_client._stream import ExportStream, HistoryStream
+from chat_history_client._tail import Tail
 from chat_history_client.errors import ApiError, NotFound
 from chat_history_client.types import EraseReceipt, Json
 
@@ -53,6 +55,25 @@ class Calls(Connections):
                             yield value
                 stream.end()
                 return
+
+    async def _follow(self, tail: Tail) -> AsyncGenerator[Any, None]:
+        stop = tail.stop(self._retry_s)
+        async for attempt in AsyncRetrying(**retrying(tail.call(), self._retry_s, stop)):
+            with attempt:
+                try:
+                    async with aclosing(self._chunks(tail.call())) as chunks:
+                        async for chunk in chunks:
+                            for event in tail.events(chunk):
+                                yield event
+                                if event["event"] == "gone":
+                                    return
+                except NotFound:
+                    if not tail.began:
+                        raise
+                    yield {"event": "gone", "data": {}}
+                    return
+                # The service ends a stream when it stops itself, and another process goes on with it.
+                raise httpx.RemoteProtocolError("The stream of events ended.")
 
     async def _last(self, conversation_id: str, count: int, query: Json) -> list[Json]:
         found: list[Json] = []

@@ -19,7 +19,7 @@ import anyio.lowlevel
 import httpx
 
 from chat_history_client._requests import Call
-from chat_history_client._retries import raise_for
+from chat_history_client._retries import raise_unless_begun
 from chat_history_client._settings import Settings
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Connections(Settings[httpx.AsyncBaseTransport]):
         async with http.stream(call.method, call.path, **self._request(call)) as response:
             if not response.is_success:
                 await response.aread()
-            raise_for(response)
+            raise_unless_begun(call, response)
             async for chunk in response.aiter_bytes():
                 yield chunk
 

@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+import httpx
 from tenacity import Retrying
 
 from chat_history_client import _appending as appending
@@ -17,6 +18,7 @@ from chat_history_client._requests import Call, Field
 from chat_history_client._retries import answer, gone_already, retrying
 from chat_history_client._stream import ExportStream, HistoryStream
 from chat_history_client._sync.connections import Connections
+from chat_history_client._tail import Tail
 from chat_history_client.errors import ApiError, NotFound
 from chat_history_client.types import EraseReceipt, Json
 
@@ -54,6 +56,25 @@ class Calls(Connections):
                             yield value
                 stream.end()
                 return
+
+    def _follow(self, tail: Tail) -> Generator[Any, None]:
+        stop = tail.stop(self._retry_s)
+        for attempt in Retrying(**retrying(tail.call(), self._retry_s, stop)):
+            with attempt:
+                try:
+                    with closing(self._chunks(tail.call())) as chunks:
+                        for chunk in chunks:
+                            for event in tail.events(chunk):
+                                yield event
+                                if event["event"] == "gone":
+                                    return
+                except NotFound:
+                    if not tail.began:
+                        raise
+                    yield {"event": "gone", "data": {}}
+                    return
+                # The service ends a stream when it stops itself, and another process goes on with it.
+                raise httpx.RemoteProtocolError("The stream of events ended.")
 
     def _last(self, conversation_id: str, count: int, query: Json) -> list[Json]:
         found: list[Json] = []

@@ -9,7 +9,16 @@ from typing import Unpack
 from chat_history_client import _requests as requests
 from chat_history_client._stream import HistoryStream, ItemStream
 from chat_history_client._sync.calls import Calls
-from chat_history_client.types import HistoryFilters, Item, Message, MessagePage, Order
+from chat_history_client._tail import HistoryTail, ListTail
+from chat_history_client.types import (
+    HistoryEvent,
+    HistoryFilters,
+    Item,
+    ListEvent,
+    Message,
+    MessagePage,
+    Order,
+)
 
 
 class Reading(Calls):
@@ -69,3 +78,29 @@ class Reading(Calls):
         """Read one message."""
         message: Message = self._do(requests.read_message(conversation_id, message_id, user_id))
         return message
+
+    # -- following ---------------------------------------------------------------------------------
+
+    def tail(
+        self, conversation_id: str, *, after: int | None = None, user_id: str | None = None
+    ) -> Generator[HistoryEvent, None]:
+        """Yield what happens to a conversation, as it happens, until it is deleted.
+
+        It begins after the seq `after` (0: with the first message), or without it with what is new. Every
+        message comes once as `message`, in the order of `seq`, whatever happens to the connection or to the
+        service meanwhile. `updated` and `deleted` tell what became of messages, also while the connection was
+        lost, and may tell it twice. When the conversation was deleted, the last event is `gone`, and the
+        iterator ends; a conversation that is not there at the beginning is NotFound.
+
+        A lost connection is opened again, as a call is repeated. After `retry_s` without any, its error is
+        raised. With the `id` of the last event as `after`, a later `tail` goes on there.
+        """
+        return self._follow(HistoryTail(conversation_id, after, user_id))
+
+    def tail_conversations(self, user_id: str | None) -> Generator[ListEvent, None]:
+        """Yield which conversations of a user, or with None of all, are created, changed and deleted.
+
+        `head` comes first, and after each lost connection: read the list then, because not every earlier
+        change is told. It has no end of its own.
+        """
+        return self._follow(ListTail(user_id))
