@@ -8,6 +8,8 @@ from chat_history_client._async.client import AsyncChatHistoryClient
 from chat_history_client._sync.client import ChatHistoryClient
 from chat_history_client.errors import ApiError, Conflict, NotFound, Stale, Unavailable
 from chat_history_client.types import (
+    Checkpoint,
+    Context,
     Conversation,
     ConversationPage,
     EraseReceipt,
@@ -25,7 +27,9 @@ __all__ = [
     "ApiError",
     "AsyncChatHistoryClient",
     "ChatHistoryClient",
+    "Checkpoint",
     "Conflict",
+    "Context",
     "Conversation",
     "ConversationPage",
     "EraseReceipt",

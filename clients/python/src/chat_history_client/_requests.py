@@ -188,6 +188,39 @@ def pop(conversation_id: str, user_id: str | None, view: Field) -> Call:
     return Call("POST", _conversation(conversation_id, "pop"), query, repeatable=False)
 
 
+# -- the context of a model call -------------------------------------------------------------------------
+
+
+def read_context(conversation_id: str, query: Mapping[str, Any]) -> Call:
+    """Read what a model is to be sent."""
+    return Call("GET", _conversation(conversation_id, "context"), query)
+
+
+def create_checkpoint(
+    conversation_id: str, upto_seq: int, summary: str, metadata: Json | None, user_id: str | None
+) -> Call:
+    """Store a checkpoint. The service knows the same one again, so it may be repeated."""
+    body: Json = {"upto_seq": upto_seq, "summary": summary}
+    body |= {} if metadata is None else {"metadata": metadata}
+    return Call("POST", _checkpoints(conversation_id), {"user_id": user_id}, encoded(body, "$"))
+
+
+def list_checkpoints(conversation_id: str, user_id: str | None) -> Call:
+    """Read all checkpoints."""
+    return Call("GET", _checkpoints(conversation_id), {"user_id": user_id})
+
+
+def delete_checkpoint(conversation_id: str, checkpoint_id: str, user_id: str | None) -> Call:
+    """Delete a checkpoint."""
+    path = _checkpoints(conversation_id, checkpoint_id)
+    return Call("DELETE", path, {"user_id": user_id}, gone_is_done=True)
+
+
+def _checkpoints(conversation_id: str, *checkpoint_ids: str) -> str:
+    quoted = [quoted_id(each, "checkpoint_id") for each in checkpoint_ids]
+    return _conversation(conversation_id, "checkpoints", *quoted)
+
+
 # -- users ---------------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,8 @@ Item: TypeAlias = dict[str, Any]
 Time: TypeAlias = datetime | str
 Role: TypeAlias = Literal["user", "assistant", "tool", "system", "developer", "model"]
 Order: TypeAlias = Literal["asc", "desc"]
+ContextFormat: TypeAlias = Literal["native", "openai", "responses", "anthropic"]
+Repair: TypeAlias = Literal["placeholder", "none"]
 
 
 class Conversation(TypedDict):
@@ -46,6 +48,54 @@ class MessageItems(TypedDict):
     seq: int
     created_at: str
     items: list[Item]
+
+
+class Checkpoint(TypedDict):
+    """A summary of the history up to a seq."""
+
+    id: str
+    conversation_id: str
+    user_id: str
+    upto_seq: int
+    created_at: str
+    summary: str
+    metadata: Json | None
+
+
+class LeftOut(TypedDict):
+    """How much of a conversation is not in its context; `tokens` is None where they are not known."""
+
+    messages: int
+    tokens: int | None
+
+
+class ContextCall(TypedDict):
+    """A call of a tool without a result."""
+
+    tool_call_id: str
+    name: str
+    message_id: str
+
+
+class Context(TypedDict):
+    """What a model is to be sent, and what the service says of it; see docs/context.md.
+
+    `system` is there only in the form `anthropic`.
+    """
+
+    system: NotRequired[list[Json]]
+    messages: list[Json]
+    from_seq: int | None
+    to_seq: int | None
+    last_seq: int
+    version: int
+    tokens: int
+    tokens_estimated: bool
+    over_budget: bool
+    left_out: LeftOut
+    checkpoint: Checkpoint | None
+    open_tool_calls: list[ContextCall]
+    synthetic: list[ContextCall]
 
 
 class MessageEvent(TypedDict):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 
 from chat_history_client import _requests as requests
+from chat_history_client._async.context import Contexts
 from chat_history_client._async.reading import Reading
 from chat_history_client._async.writing import Writing
 from chat_history_client._requests import UNSET
@@ -18,7 +19,7 @@ from chat_history_client._stream import ExportStream
 from chat_history_client.types import Conversation, ConversationPage, EraseReceipt, Json, Time
 
 
-class AsyncChatHistoryClient(Reading, Writing):
+class AsyncChatHistoryClient(Reading, Writing, Contexts):
     """A client of the service; one may be used from several threads and processes, and from event loops.
 
     `base_url` is the service's, or else the environment's `CHAT_HISTORY_URL`, or else http://127.0.0.1:8000.

@@ -14,12 +14,13 @@ from collections.abc import Generator
 from chat_history_client import _requests as requests
 from chat_history_client._requests import UNSET
 from chat_history_client._stream import ExportStream
+from chat_history_client._sync.context import Contexts
 from chat_history_client._sync.reading import Reading
 from chat_history_client._sync.writing import Writing
 from chat_history_client.types import Conversation, ConversationPage, EraseReceipt, Json, Time
 
 
-class ChatHistoryClient(Reading, Writing):
+class ChatHistoryClient(Reading, Writing, Contexts):
     """A client of the service; one may be used from several threads and processes, and from event loops.
 
     `base_url` is the service's, or else the environment's `CHAT_HISTORY_URL`, or else http://127.0.0.1:8000.
