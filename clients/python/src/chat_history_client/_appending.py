@@ -77,9 +77,8 @@ def _append(
     if key is not None and not (key.isascii() and key.isprintable()):
         raise refusal("header.Idempotency-Key", "only printable ASCII characters can be sent")
     headers = expected.headers | ({} if key is None else {"Idempotency-Key": key})
-    return Call(
-        "POST", messages_path(conversation_id), {"user_id": user_id, **expected.params}, body, headers
-    )
+    query = {"user_id": user_id, **expected.params}
+    return Call("POST", messages_path(conversation_id), query, body, headers, is_known_again=True)
 
 
 def _encoded_each(field: Field, values: Sequence[Any]) -> list[bytes]:

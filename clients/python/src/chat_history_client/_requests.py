@@ -28,7 +28,8 @@ class Call:
     """One request, which may be sent again if it is `repeatable`.
 
     With `gone_is_done`, a repetition that finds nothing follows an attempt that was done, but not answered.
-    `silence_s` is how long its answer may pause, where that is longer than the time-out of the client.
+    With `is_known_again`, the service answers a repetition as it answered the attempt that was done, whatever
+    has changed since. `silence_s` is how long the answer may pause, where that is longer than the time-out.
     """
 
     method: str
@@ -38,6 +39,7 @@ class Call:
     headers: Mapping[str, str] | None = None
     repeatable: bool = True
     gone_is_done: bool = False
+    is_known_again: bool = False
     silence_s: float = 0.0
 
     def options(self) -> Json:
@@ -119,15 +121,21 @@ def read_conversation(conversation_id: str, user_id: str | None) -> Call:
     return Call("GET", _conversation(conversation_id), {"user_id": user_id})
 
 
-def update(conversation_id: str, user_id: str | None, changes: Json) -> Call:
+def update(conversation_id: str, user_id: str | None, changes: Json, expected: Expected) -> Call:
     """Change what is given of a conversation."""
     body = {name: _plain(value) for name, value in changes.items() if value is not UNSET}
-    return Call("PATCH", _conversation(conversation_id), {"user_id": user_id}, encoded(body, "$"))
+    query = {"user_id": user_id, **expected.params}
+    return Call("PATCH", _conversation(conversation_id), query, encoded(body, "$"), expected.headers)
 
 
-def delete_conversation(conversation_id: str, user_id: str | None) -> Call:
+def delete_conversation(conversation_id: str, user_id: str | None, expected: Expected) -> Call:
     """Delete a conversation."""
-    return Call("DELETE", _conversation(conversation_id), {"user_id": user_id}, gone_is_done=True)
+    return _delete(_conversation(conversation_id), {"user_id": user_id}, expected)
+
+
+def _delete(path: str, query: Json, expected: Expected = ANYTHING) -> Call:
+    params = {**query, **expected.params}
+    return Call("DELETE", path, params, headers=expected.headers, gone_is_done=True)
 
 
 def list_conversations(user_id: str | None, limit: int | None, cursor: str | None) -> Call:
@@ -169,23 +177,21 @@ def read_message(conversation_id: str, message_id: str, user_id: str | None) -> 
     return Call("GET", messages_path(conversation_id, message_id), {"user_id": user_id})
 
 
-def delete_message(conversation_id: str, message_id: str, user_id: str | None) -> Call:
+def delete_message(conversation_id: str, message_id: str, user_id: str | None, expected: Expected) -> Call:
     """Delete one message."""
-    path = messages_path(conversation_id, message_id)
-    return Call("DELETE", path, {"user_id": user_id}, gone_is_done=True)
+    return _delete(messages_path(conversation_id, message_id), {"user_id": user_id}, expected)
 
 
-def delete_messages(conversation_id: str, after: int | None, user_id: str | None) -> Call:
+def delete_messages(conversation_id: str, after: int | None, user_id: str | None, expected: Expected) -> Call:
     """Delete the messages after a seq, or all of them."""
-    return Call(
-        "DELETE", messages_path(conversation_id), {"after": after, "user_id": user_id}, gone_is_done=True
-    )
+    return _delete(messages_path(conversation_id), {"after": after, "user_id": user_id}, expected)
 
 
-def pop(conversation_id: str, user_id: str | None, view: Field) -> Call:
+def pop(conversation_id: str, user_id: str | None, view: Field, expected: Expected) -> Call:
     """Take the newest message. It is never repeated, because a repetition would take another."""
-    query = {"user_id": user_id, "as": view if view == "items" else None}
-    return Call("POST", _conversation(conversation_id, "pop"), query, repeatable=False)
+    query = {"user_id": user_id, "as": view if view == "items" else None, **expected.params}
+    path = _conversation(conversation_id, "pop")
+    return Call("POST", path, query, headers=expected.headers, repeatable=False)
 
 
 # -- the context of a model call -------------------------------------------------------------------------
@@ -212,8 +218,7 @@ def list_checkpoints(conversation_id: str, user_id: str | None) -> Call:
 
 def delete_checkpoint(conversation_id: str, checkpoint_id: str, user_id: str | None) -> Call:
     """Delete a checkpoint."""
-    path = _checkpoints(conversation_id, checkpoint_id)
-    return Call("DELETE", path, {"user_id": user_id}, gone_is_done=True)
+    return _delete(_checkpoints(conversation_id, checkpoint_id), {"user_id": user_id})
 
 
 def _checkpoints(conversation_id: str, *checkpoint_ids: str) -> str:

@@ -96,7 +96,7 @@ def _is_final(error: BaseException | None) -> bool:
     if isinstance(error, httpx.ProxyError) and str(error).startswith(("401", "403", "407")):
         return True  # the proxy's own refusal, 407 for one
     while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
+        if isinstance(error, ssl.SSLCertVerificationError | Stale):
             return True
         if isinstance(error, ssl.SSLError) and error.reason in _NEVER_TLS:
             return True
@@ -104,12 +104,15 @@ def _is_final(error: BaseException | None) -> bool:
     return False
 
 
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
 def _worth_repeating(call: Call) -> Any:
     def worth(error: BaseException) -> bool:
         if _is_final(error):
             return False
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
-            return True  # nothing was sent
+        if isinstance(error, _NOT_SENT):
+            return True
         return call.repeatable and isinstance(error, Unavailable | httpx.TransportError)
 
     return retry_if_exception(worth)
@@ -125,3 +128,10 @@ def _wait(state: RetryCallState) -> float:
 def gone_already(call: Call, attempts: int, error: BaseException) -> bool:
     """Tell whether a deletion found nothing because its own first attempt, unanswered, was done."""
     return call.gone_is_done and attempts > 1 and isinstance(error, NotFound)
+
+
+def may_be_done(error: Exception) -> bool:
+    """Tell whether an attempt that failed in this way may have been done nevertheless."""
+    if isinstance(error, Unavailable):
+        return error.status != 429
+    return not isinstance(error, _NOT_SENT)

@@ -14,12 +14,12 @@ from tenacity import Retrying
 from chat_history_client import _appending as appending
 from chat_history_client import _requests as requests
 from chat_history_client._appending import Batch
-from chat_history_client._requests import Call, Field
-from chat_history_client._retries import answer, gone_already, retrying
+from chat_history_client._requests import Call, Expected, Field
+from chat_history_client._retries import answer, gone_already, may_be_done, retrying
 from chat_history_client._stream import ExportStream, HistoryStream
 from chat_history_client._sync.connections import Connections
 from chat_history_client._tail import Tail
-from chat_history_client.errors import ApiError, NotFound
+from chat_history_client.errors import ApiError, NotFound, Stale, Unavailable
 from chat_history_client.types import EraseReceipt, Json
 
 
@@ -32,6 +32,7 @@ class Calls(Connections):
         return self._settled(lambda: self._attempts(call), repeatable=call.repeatable)
 
     def _attempts(self, call: Call) -> Any:
+        unanswered: Exception | None = None
         for attempt in Retrying(**retrying(call, self._retry_s)):
             with attempt:
                 try:
@@ -41,6 +42,14 @@ class Calls(Connections):
                 except NotFound as error:
                     if gone_already(call, attempt.retry_state.attempt_number, error):
                         return None
+                    raise
+                except Stale as error:
+                    if unanswered is None or call.is_known_again:
+                        raise
+                    # What has changed the history may be the attempt whose answer was lost.
+                    raise unanswered from error
+                except (Unavailable, httpx.TransportError) as error:
+                    unanswered = error if may_be_done(error) else unanswered
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -118,9 +127,10 @@ class Calls(Connections):
             erasure = self._do(requests.read_erasure(user_id, erasure["id"]))
         return requests.receipt_of(erasure)
 
-    def _pop(self, conversation_id: str, user_id: str | None, view: Field) -> Json | None:
+    def _pop(self, conversation_id: str, user_id: str | None, view: Field, expected: Expected) -> Json | None:
         def take() -> Json | None:
-            taken: Json | None = self._attempts(requests.pop(conversation_id, user_id, view))
+            call = requests.pop(conversation_id, user_id, view, expected)
+            taken: Json | None = self._attempts(call)
             return taken
 
         def put_back(taken: Json | None) -> None:

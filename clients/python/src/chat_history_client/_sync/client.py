@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 from chat_history_client import _requests as requests
-from chat_history_client._requests import UNSET
+from chat_history_client._requests import UNSET, Expected
 from chat_history_client._stream import ExportStream
 from chat_history_client._sync.context import Contexts
 from chat_history_client._sync.reading import Reading
@@ -73,15 +73,30 @@ class ChatHistoryClient(Reading, Writing, Contexts):
         metadata: Json | None = UNSET,
         expires_at: Time | None = UNSET,
         user_id: str | None = None,
+        expected_last_seq: int | None = None,
+        expected_version: int | None = None,
     ) -> Conversation:
-        """Change the title, the metadata as a whole, or the expiry; None clears, the rest stays."""
+        """Change the title, the metadata as a whole, or the expiry; None clears, the rest stays.
+
+        The conditions are those of `delete_messages`.
+        """
         changes = {"title": title, "metadata": metadata, "expires_at": expires_at}
-        conversation: Conversation = self._do(requests.update(conversation_id, user_id, changes))
+        expected = Expected(expected_last_seq, expected_version)
+        call = requests.update(conversation_id, user_id, changes, expected)
+        conversation: Conversation = self._do(call)
         return conversation
 
-    def delete_conversation(self, conversation_id: str, *, user_id: str | None = None) -> None:
-        """Delete a conversation with all its messages."""
-        self._do(requests.delete_conversation(conversation_id, user_id))
+    def delete_conversation(
+        self,
+        conversation_id: str,
+        *,
+        user_id: str | None = None,
+        expected_last_seq: int | None = None,
+        expected_version: int | None = None,
+    ) -> None:
+        """Delete a conversation with all its messages. The conditions are those of `delete_messages`."""
+        expected = Expected(expected_last_seq, expected_version)
+        self._do(requests.delete_conversation(conversation_id, user_id, expected))
 
     def list_conversations(
         self, user_id: str | None, *, limit: int | None = None, cursor: str | None = None

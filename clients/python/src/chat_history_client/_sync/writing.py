@@ -148,32 +148,69 @@ class Writing(Calls):
 
     # -- deleting ----------------------------------------------------------------------------------
 
-    def delete_message(self, conversation_id: str, message_id: str, *, user_id: str | None = None) -> None:
-        """Delete one message."""
-        self._do(requests.delete_message(conversation_id, message_id, user_id))
+    def delete_message(
+        self,
+        conversation_id: str,
+        message_id: str,
+        *,
+        user_id: str | None = None,
+        expected_last_seq: int | None = None,
+        expected_version: int | None = None,
+    ) -> None:
+        """Delete one message. The conditions are those of `delete_messages`."""
+        expected = Expected(expected_last_seq, expected_version)
+        self._do(requests.delete_message(conversation_id, message_id, user_id, expected))
 
     def delete_messages(
-        self, conversation_id: str, *, after: int | None = None, user_id: str | None = None
+        self,
+        conversation_id: str,
+        *,
+        after: int | None = None,
+        user_id: str | None = None,
+        expected_last_seq: int | None = None,
+        expected_version: int | None = None,
     ) -> None:
-        """Delete the messages after a seq, or all of them."""
-        self._do(requests.delete_messages(conversation_id, after, user_id))
+        """Delete the messages after a seq, or all of them.
 
-    def pop_message(self, conversation_id: str, *, user_id: str | None = None) -> Message | None:
+        The conditions `expected_last_seq` and `expected_version` are those of `add_messages`. Stale is raised
+        only if this call has changed nothing. Where an answer was lost, and the repetition is stale, the
+        first attempt may have been done: then its error is raised, and the conversation is to be read again.
+        """
+        expected = Expected(expected_last_seq, expected_version)
+        self._do(requests.delete_messages(conversation_id, after, user_id, expected))
+
+    def pop_message(
+        self,
+        conversation_id: str,
+        *,
+        user_id: str | None = None,
+        expected_last_seq: int | None = None,
+        expected_version: int | None = None,
+    ) -> Message | None:
         """Take the newest message, or None where there is none; no two callers get the same one.
 
         It is never repeated once it was sent, for that would take another; when the answer is lost, this
         raises, and the message may be gone. When the asynchronous caller was cancelled, and so will not have
         the message, it is appended again, with its id, before the cancellation goes on: it stays in the
-        history, as the newest.
+        history, as the newest. The conditions are those of `add_messages`.
         """
-        return self._pop(conversation_id, user_id, "messages")
+        expected = Expected(expected_last_seq, expected_version)
+        return self._pop(conversation_id, user_id, "messages", expected)
 
-    def pop_item(self, conversation_id: str, *, user_id: str | None = None) -> Item | None:
+    def pop_item(
+        self,
+        conversation_id: str,
+        *,
+        user_id: str | None = None,
+        expected_last_seq: int | None = None,
+        expected_version: int | None = None,
+    ) -> Item | None:
         """Take the newest item, as `pop_message` takes a message, or None where there is none.
 
         A message that was not appended as an item, and reads as several, is taken as a whole, of which this
         returns the last.
         """
-        taken = self._pop(conversation_id, user_id, "items")
+        expected = Expected(expected_last_seq, expected_version)
+        taken = self._pop(conversation_id, user_id, "items", expected)
         item: Item | None = None if taken is None else taken["items"][-1]
         return item
