@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import httpx
@@ -139,6 +142,62 @@ def test_a_tail_ends_when_the_conversation_was_deleted_while_it_was_away(
         proxy.up()
 
 
+def test_a_tail_that_comes_back_to_another_conversation_under_the_id_goes_on_with_that_one(
+    client: httpx.Client, conversation: str, proxy: Proxy
+) -> None:
+    append(client, conversation, *[message("old")] * 5)
+    with tailing("synchronous", conversation, f"http://127.0.0.1:{proxy.port}") as tail:
+        tail.comes_to(client, conversation)
+        proxy.down()
+        client.delete(f"/conversations/{conversation}")
+        create(client, conversation)
+        stored = append(client, conversation, message("new"), message("new"))
+        proxy.up()
+        tail.until(lambda: tail.history == stored)
+        proxy.down()
+        (last,) = append(client, conversation, message("newest"))
+        proxy.up()
+        tail.until(lambda: tail.history == [*stored, last])
+        client.delete(f"/conversations/{conversation}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tail_has_the_history_while_many_write_and_connections_are_cut_at_random(
+    client: httpx.Client, conversation: str, proxy: Proxy, kind: str
+) -> None:
+    random = Random(kind)
+    ended = threading.Event()
+
+    def write(writer: int) -> None:
+        chosen = Random(writer)
+        for turn in range(40):
+            stored = append(client, conversation, *[message(f"{writer}/{turn}")] * chosen.randint(1, 3))
+            if chosen.random() < 0.2:
+                client.put(path(conversation, stored[0]["id"]), json=message("changed"))
+            if chosen.random() < 0.2:
+                client.delete(path(conversation, stored[-1]["id"]))
+            if chosen.random() < 0.05:
+                client.post(f"/conversations/{conversation}/pop")
+
+    def cut() -> None:
+        while not ended.wait(random.uniform(0.05, 0.4)):
+            proxy.down()
+            proxy.up()
+
+    append(client, conversation, message("first"))
+    with tailing(kind, conversation, f"http://127.0.0.1:{proxy.port}") as tail:
+        with ThreadPoolExecutor(5) as pool:
+            cutting = pool.submit(cut)
+            try:
+                list(pool.map(write, range(4)))
+            finally:
+                ended.set()
+            cutting.result()
+        tail.comes_to(client, conversation)
+        assert proxy.accepted > 3
+        client.delete(f"/conversations/{conversation}")
+
+
 def test_a_tail_begins_at_the_end_or_after_a_seq_and_is_found_where_there_is_a_conversation(
     client: httpx.Client, conversation: str, sync_history: ChatHistoryClient
 ) -> None:
@@ -233,6 +292,14 @@ def test_a_tail_waits_out_503s_and_streams_that_end_and_asks_for_what_follows() 
     ]
     assert [each.headers.get("last-event-id") for each in sent] == [None, None, "4", "4", "4", "4"]
     assert {each.url.query for each in sent} == {b"after=3"}
+
+
+def test_a_tail_goes_on_after_the_position_that_a_later_head_tells_which_may_be_an_earlier_one() -> None:
+    again = 'event: deleted\ndata: {"after":2,"upto":5}\n\nid: 2\nevent: head\ndata: {"last_seq":2}\n\n'
+    transport, sent = answering(stream(HEAD), stream(again), stream("event: gone\ndata: {}\n\n"))
+    with ChatHistoryClient("http://x", transport=transport) as history:
+        assert [event["event"] for event in history.tail("c")] == ["head", "deleted", "gone"]
+    assert [each.headers.get("last-event-id") for each in sent] == [None, "5", "2"]
 
 
 def test_a_tail_gives_up_when_nothing_was_heard_for_as_long_as_a_call_is_repeated() -> None:
