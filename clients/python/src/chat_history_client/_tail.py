@@ -15,9 +15,9 @@ from chat_history_client.types import Json
 
 
 class EventLines:
-    """Cuts chunks of bytes into events, as the standard has them.
+    """Cuts chunks of bytes into server-sent events.
 
-    Of the line ends of the standard, the service uses the newline, and no line of it holds another one.
+    Of the line ends that the standard allows, it knows the newline only, because the service sends no other.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The API as Python calls. `_sync/client.py` is generated from `_async/client.py`, by `make client`.
+"""The API as Python calls. The modules of `_sync` are generated from those of `_async`, by `make client`.
 
 Calls are repeated, by tenacity, until there is an answer or `retry_s` is over: after a lost connection, and
 after a 503 or 429, whose `Retry-After` is kept to. An append carries an idempotency key that is made once for

@@ -1,6 +1,6 @@
 """Connections of an event loop, and cancellations: what the asynchronous client has by nature.
 
-`_sync/connections.py` is its twin; `_sync/client.py` is generated from `_async/client.py`.
+`_sync/connections.py` is its twin; the other modules of `_sync` are generated from those of `_async`.
 """
 
 from __future__ import annotations
