@@ -15,7 +15,7 @@ import unasync
 
 PACKAGE = Path(__file__).parent / "src" / "chat_history_client"
 # `connections.py` is written by hand in both, because event loops and cancellations have no synchronous form.
-FILES = ("calls.py", "client.py")
+FILES = ("calls.py", "client.py", "context.py", "reading.py", "writing.py")
 # The two distributions do not need each other, so each has these modules.
 SHARED = ("message_parts.py", "message_turns.py")
 SERVICE = Path(__file__).parents[2] / "service" / "formats"

@@ -93,6 +93,24 @@ def test_a_set_keeps_what_the_history_begins_with(
     assert store.get_messages(key) == MESSAGES
 
 
+def test_a_set_is_one_change_of_the_history(
+    store: ChatHistoryChatStore, history: ChatHistoryClient, key: str
+) -> None:
+    store.set_messages(key, list(MESSAGES))
+    before = history.get_conversation(key)
+    changed = [*MESSAGES[:2], ChatMessage("Else", role="assistant")]
+    store.set_messages(key, changed)
+    assert store.get_messages(key) == changed
+    after = history.get_conversation(key)
+    assert (after["version"], after["message_count"]) == (before["version"] + 1, 3)
+    # More than a request holds is changed nevertheless.
+    many = [ChatMessage(f"{number}", role="user") for number in range(1_100)]
+    store.set_messages(key, many)
+    assert store.get_messages(key) == many
+    store.set_messages(key, [])
+    assert store.get_messages(key) == []
+
+
 def test_others_read_what_it_wrote(store: ChatHistoryChatStore, history: ChatHistoryClient, key: str) -> None:
     store.set_messages(key, list(MESSAGES))
     chat = forms.chat_completions(history.stream_chat_history(key))

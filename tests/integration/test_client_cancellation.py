@@ -150,7 +150,7 @@ async def test_a_cancelled_first_write_makes_the_conversation_and_stores_all_bat
     write: Write,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("chat_history_client._requests.BATCH_ITEMS", 1)
+    monkeypatch.setattr("chat_history_client._appending.BATCH_ITEMS", 1)
     conversation = new_id()
     proxy.hold()
     task = asyncio.ensure_future(write(slow, conversation))

@@ -88,13 +88,33 @@ def test_the_example_of_the_clients_readme_prints_what_it_says(service: Service)
     assert done.stdout.splitlines() == re.findall(r"^# (.*)$", EXAMPLE, re.MULTILINE)
 
 
-def test_the_example_of_the_clients_readme_passes_mypy_strict(tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(EXAMPLE)
-    wrong = EXAMPLE.replace('title="Tides"', "title=1").replace("add_messages", "append")
-    (tmp_path / "wrong.py").write_text(wrong)
-    done = run("-m", "mypy", "--strict", "--config-file=", "example.py", "wrong.py", cwd=tmp_path)
+EVENTS = """
+from chat_history_client import ChatHistoryClient
+
+with ChatHistoryClient() as history:
+    for event in history.tail("tides", after=0):
+        if event["event"] == "deleted":
+            last: int = event["data"]["upto"]
+        elif event["event"] == "head":
+            last = event["data"]["last_seq"]
+    left: int | None = history.get_context("tides", max_turns=2)["left_out"]["tokens"]
+"""
+
+
+def test_the_example_of_the_clients_readme_passes_mypy_strict_and_its_events_are_typed(
+    tmp_path: Path,
+) -> None:
+    files = {
+        "example.py": EXAMPLE,
+        "wrong.py": EXAMPLE.replace('title="Tides"', "title=1").replace("add_messages", "append"),
+        "events.py": EVENTS,
+        "wrong_events.py": EVENTS.replace("upto", "last_seq").replace('"head"', '"haed"'),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    done = run("-m", "mypy", "--strict", "--config-file=", *files, cwd=tmp_path)
     faults = [line.partition(":")[0] for line in done.stdout.splitlines() if ": error:" in line]
-    assert faults == ["wrong.py", "wrong.py"], done.stdout + done.stderr
+    assert sorted(faults) == ["wrong.py"] * 2 + ["wrong_events.py"] * 2, done.stdout + done.stderr
 
 
 # -- the environment -------------------------------------------------------------------------------------

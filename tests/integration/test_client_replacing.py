@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
+import httpx
 import pytest
 
-from chat_history_client import AsyncChatHistoryClient, ChatHistoryClient, Conflict, NotFound, Stale
+from chat_history_client import (
+    AsyncChatHistoryClient,
+    ChatHistoryClient,
+    Conflict,
+    NotFound,
+    Stale,
+    Unavailable,
+)
 from tests.harness import Service, contents, new_id
 from tests.proxy import proxied
 
@@ -68,3 +77,96 @@ def test_a_lost_answer_of_a_conditional_write_looks_like_no_conflict(service: Se
         assert contents(put) == ["once", "two"]
         assert [each.done for each in lost] == [1, 1]
         assert client.get_conversation(conversation)["version"] == 2
+
+
+# -- conditions of deletions and other changes -----------------------------------------------------------
+
+Write = Callable[..., Any]
+WRITES: dict[str, Write] = {
+    "delete_message": lambda client, of, **given: client.delete_message(of, "m3", **given),
+    "delete_messages": lambda client, of, **given: client.delete_messages(of, after=1, **given),
+    "pop_message": lambda client, of, **given: client.pop_message(of, **given),
+    "pop_item": lambda client, of, **given: client.pop_item(of, **given),
+    "update_conversation": lambda client, of, **given: client.update_conversation(of, title="t", **given),
+    "delete_conversation": lambda client, of, **given: client.delete_conversation(of, **given),
+}
+
+
+def three(client: ChatHistoryClient) -> str:
+    conversation = new_id()
+    messages = [{"role": "user", "content": text, "id": f"m{text}"} for text in "123"]
+    client.add_messages(conversation, messages, create_for="ada")
+    return conversation
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize(
+    ("stale", "fresh"),
+    [
+        ({"expected_last_seq": 2}, {"expected_last_seq": 3, "user_id": "ada"}),
+        ({"expected_version": 7}, {"expected_version": 1}),
+    ],
+    ids=["last_seq", "version"],
+)
+def test_a_stale_change_is_an_error_and_a_fresh_one_is_done(
+    sync_history: ChatHistoryClient, write: Write, stale: Any, fresh: Any
+) -> None:
+    conversation = three(sync_history)
+    before = sync_history.get_conversation(conversation)
+    with pytest.raises(Stale) as refused:
+        write(sync_history, conversation, **stale)
+    assert (refused.value.last_seq, refused.value.version) == (3, 1)
+    assert [each["seq"] for each in refused.value.missed] == ([3] if "expected_last_seq" in stale else [])
+    assert sync_history.get_conversation(conversation) == before
+    write(sync_history, conversation, **fresh)
+    listed = {each["id"]: each for each in sync_history.stream_conversations("ada")}
+    assert listed.get(conversation) != before
+
+
+async def test_the_asynchronous_client_has_these_conditions_too(
+    history: AsyncChatHistoryClient, sync_history: ChatHistoryClient
+) -> None:
+    for write in WRITES.values():
+        conversation = three(sync_history)
+        with pytest.raises(Stale):
+            await write(history, conversation, expected_version=0)
+        await write(history, conversation, expected_version=1, expected_last_seq=3)
+
+
+def test_a_deletion_that_was_done_but_not_answered_never_looks_stale(service: Service) -> None:
+    with proxied(service.port) as proxy, ChatHistoryClient(f"http://127.0.0.1:{proxy.port}") as client:
+        conversation = three(client)
+        lost = proxy.cut(b"DELETE ", before=False)
+        with pytest.raises(httpx.TransportError) as unknown:
+            client.delete_messages(conversation, after=1, expected_version=1)
+        assert (lost.done, type(unknown.value.__cause__)) == (1, Stale)
+        assert client.get_conversation(conversation)["message_count"] == 1
+        # One that did not arrive is repeated.
+        proxy.cut(b"DELETE ", before=True)
+        client.delete_message(conversation, "m1", expected_version=2)
+        assert client.get_conversation(conversation)["message_count"] == 0
+
+
+def test_a_change_that_was_certainly_not_done_is_stale() -> None:
+    stale = {"type": "urn:chat-history:problem:stale", "version": 2, "last_seq": 4}
+
+    def call(first: httpx.Response | Exception) -> None:
+        answers = [httpx.Response(409, json=stale), first]
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            del request
+            answered = answers.pop()
+            if isinstance(answered, Exception):
+                raise answered
+            return answered
+
+        with ChatHistoryClient("http://x", transport=httpx.MockTransport(answer)) as client:
+            client.delete_messages("c", expected_version=1)
+
+    for certain in (httpx.ConnectError("x"), httpx.PoolTimeout("x"), httpx.Response(429)):
+        with pytest.raises(Stale):
+            call(certain)
+    with pytest.raises(httpx.ReadTimeout):
+        call(httpx.ReadTimeout("x"))
+    with pytest.raises(Unavailable):
+        call(httpx.Response(503))

@@ -2,62 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
 from chat_history_client._async.client import AsyncChatHistoryClient
 from chat_history_client._sync.client import ChatHistoryClient
 from chat_history_client.errors import ApiError, Conflict, NotFound
-from chat_history_client.types import Item, Json, Message
+from chat_history_client.types import Json, Message
+
+T = TypeVar("T")
 
 
 def read(client: ChatHistoryClient, conversation_id: str, user_id: str) -> list[Message]:
     """Return the whole history; begin the conversation if it is not there."""
-    try:
-        return list(client.stream_chat_history(conversation_id, user_id=user_id))
-    except NotFound:
-        begin(client, conversation_id, user_id)
-        return []
+    stream = client.stream_chat_history(conversation_id, user_id=user_id)
+    return read_or_begin(client, conversation_id, user_id, lambda: list(stream))
 
 
 async def aread(client: AsyncChatHistoryClient, conversation_id: str, user_id: str) -> list[Message]:
     """Return the whole history; begin the conversation if it is not there."""
-    try:
+
+    async def whole() -> list[Message]:
         stream = client.stream_chat_history(conversation_id, user_id=user_id)
         return [message async for message in stream]
-    except NotFound:
-        await abegin(client, conversation_id, user_id)
-        return []
+
+    return await aread_or_begin(client, conversation_id, user_id, whole)
 
 
-async def aread_items(
-    client: AsyncChatHistoryClient, conversation_id: str, user_id: str, count: int | None
-) -> list[Item]:
-    """Return all items, or the newest so many; begin the conversation if it is not there."""
-    try:
-        if count is not None:
-            return await client.last_items(conversation_id, count, user_id=user_id)
-        return [item async for item in client.stream_items(conversation_id, user_id=user_id)]
-    except NotFound:
-        await abegin(client, conversation_id, user_id)
-        return []
-
-
-def begin(client: ChatHistoryClient, conversation_id: str, user_id: str) -> None:
-    """Create the conversation, or raise Conflict if it is another user's.
+def read_or_begin(
+    client: ChatHistoryClient, conversation_id: str, user_id: str, read_it: Callable[[], list[T]]
+) -> list[T]:
+    """Return what is read of a conversation, or begin the conversation if it is not there.
 
     The service gives the same answer for a conversation that is another user's and for one that does not
-    exist. Only creating it tells them apart, and a reader is told before it pays for a run of a model.
+    exist. Only creating it tells them apart: Conflict is raised if it is another user's, so that a reader is
+    told before it pays for a run of a model.
     """
     try:
-        client.get_or_create_conversation(user_id, conversation_id)
-    except ApiError as error:
-        _raise_unless_read_only(error, conversation_id, user_id)
+        return read_it()
+    except NotFound:
+        try:
+            client.get_or_create_conversation(user_id, conversation_id)
+        except ApiError as error:
+            _raise_unless_read_only(error, conversation_id, user_id)
+        return []
 
 
-async def abegin(client: AsyncChatHistoryClient, conversation_id: str, user_id: str) -> None:
-    """Create the conversation, or raise Conflict if it is another user's; see `begin`."""
+async def aread_or_begin(
+    client: AsyncChatHistoryClient,
+    conversation_id: str,
+    user_id: str,
+    read_it: Callable[[], Awaitable[list[T]]],
+) -> list[T]:
+    """Return what is read of a conversation, or begin it; see `read_or_begin`."""
     try:
-        await client.get_or_create_conversation(user_id, conversation_id)
-    except ApiError as error:
-        _raise_unless_read_only(error, conversation_id, user_id)
+        return await read_it()
+    except NotFound:
+        try:
+            await client.get_or_create_conversation(user_id, conversation_id)
+        except ApiError as error:
+            _raise_unless_read_only(error, conversation_id, user_id)
+        return []
 
 
 def _raise_unless_read_only(error: ApiError, conversation_id: str, user_id: str) -> None:

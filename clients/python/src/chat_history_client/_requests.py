@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeAlias
-from uuid import uuid4
 
-from chat_history_client._values import encoded, quoted_id, refusal, url_text
-from chat_history_client.errors import ApiError
-from chat_history_client.types import EraseReceipt, Json, Message, Page, Time
+from chat_history_client._values import encoded, quoted_id, url_text
+from chat_history_client.types import EraseReceipt, Json, Page, Time
 
 Field: TypeAlias = Literal["messages", "items"]
 
 # An argument that was not given, where None means something.
 UNSET: Any = object()
 PAGE_ITEMS = 1_000
-BATCH_ITEMS = 1_000
-# The service takes bodies of 32 MiB unless it is told otherwise; proxies before it may count headers, too.
-BATCH_BYTES = 24 * 1024 * 1024
 _LINES = {"Accept": "application/x-ndjson"}
-_SERVICE_FIELDS = frozenset({"conversation_id", "user_id", "seq", "created_at"})
-# The fields that the service has in a message that was replaced.
-_REPLACED_FIELDS = frozenset({"revision", "updated_at"})
+EVENTS = {"Accept": "text/event-stream"}
+# The service sends a comment every 15 seconds. After three of them that did not come, a stream is lost.
+_SILENCE_S = 45.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +28,8 @@ class Call:
     """One request, which may be sent again if it is `repeatable`.
 
     With `gone_is_done`, a repetition that finds nothing follows an attempt that was done, but not answered.
+    With `is_known_again`, the service answers a repetition as it answered the attempt that was done, whatever
+    has changed since. `silence_s` is how long the answer may pause, where that is longer than the time-out.
     """
 
     method: str
@@ -43,6 +39,8 @@ class Call:
     headers: Mapping[str, str] | None = None
     repeatable: bool = True
     gone_is_done: bool = False
+    is_known_again: bool = False
+    silence_s: float = 0.0
 
     def options(self) -> Json:
         """Return it as httpx takes it."""
@@ -54,6 +52,27 @@ class Call:
         return {"headers": headers, "params": params, "content": self.content}
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What must be true for a write: the newest seq, or the version, that the caller based it on."""
+
+    last_seq: int | None = None
+    version: int | None = None
+
+    @property
+    def params(self) -> Json:
+        """The parameters of the query that say so."""
+        return {"expected_last_seq": self.last_seq}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that say so."""
+        return {} if self.version is None else {"If-Match": f'"{self.version}"'}
+
+
+ANYTHING = Expected()
+
+
 def _plain(value: Any) -> Any:
     """Return a time as text."""
     return value.isoformat() if isinstance(value, datetime) else value
@@ -63,7 +82,8 @@ def _conversation(conversation_id: str, *steps: str) -> str:
     return "/".join(("/conversations", quoted_id(conversation_id, "conversation_id"), *steps))
 
 
-def _messages(conversation_id: str, *message_ids: str) -> str:
+def messages_path(conversation_id: str, *message_ids: str) -> str:
+    """Return the path of the messages of a conversation, or of one of them."""
     quoted = [quoted_id(each, "message_id") for each in message_ids]
     return _conversation(conversation_id, "messages", *quoted)
 
@@ -101,15 +121,21 @@ def read_conversation(conversation_id: str, user_id: str | None) -> Call:
     return Call("GET", _conversation(conversation_id), {"user_id": user_id})
 
 
-def update(conversation_id: str, user_id: str | None, changes: Json) -> Call:
+def update(conversation_id: str, user_id: str | None, changes: Json, expected: Expected) -> Call:
     """Change what is given of a conversation."""
     body = {name: _plain(value) for name, value in changes.items() if value is not UNSET}
-    return Call("PATCH", _conversation(conversation_id), {"user_id": user_id}, encoded(body, "$"))
+    query = {"user_id": user_id, **expected.params}
+    return Call("PATCH", _conversation(conversation_id), query, encoded(body, "$"), expected.headers)
 
 
-def delete_conversation(conversation_id: str, user_id: str | None) -> Call:
+def delete_conversation(conversation_id: str, user_id: str | None, expected: Expected) -> Call:
     """Delete a conversation."""
-    return Call("DELETE", _conversation(conversation_id), {"user_id": user_id}, gone_is_done=True)
+    return _delete(_conversation(conversation_id), {"user_id": user_id}, expected)
+
+
+def _delete(path: str, query: Json, expected: Expected = ANYTHING) -> Call:
+    params = {**query, **expected.params}
+    return Call("DELETE", path, params, headers=expected.headers, gone_is_done=True)
 
 
 def list_conversations(user_id: str | None, limit: int | None, cursor: str | None) -> Call:
@@ -125,163 +151,79 @@ def page_of(answer: Json) -> Page[Any, Any]:
 # -- messages ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What must be true for a write: the newest seq, or the version, that the caller based it on."""
-
-    last_seq: int | None = None
-    version: int | None = None
-
-    @property
-    def params(self) -> Json:
-        """The parameters of the query that say so."""
-        return {"expected_last_seq": self.last_seq}
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The headers that say so."""
-        return {} if self.version is None else {"If-Match": f'"{self.version}"'}
-
-
-ANYTHING = Expected()
-
-
-def append_one(
-    conversation_id: str,
-    message: Mapping[str, Any],
-    key: str | None,
-    user_id: str | None,
-    expected: Expected = ANYTHING,
-) -> Call:
-    """Append one message, which is the body itself."""
-    plain = dict(message)
-    key = uuid4().hex if key is None and "id" not in plain else key
-    return _append(conversation_id, encoded(plain, "$"), key, user_id, expected)
-
-
-def append(
-    conversation_id: str,
-    field: Field,
-    values: Sequence[Mapping[str, Any]],
-    key: str | None,
-    user_id: str | None,
-    *,
-    expected: Expected = ANYTHING,
-    create: Json | None = None,
-) -> Call:
-    """Append messages or items, under the caller's key, or one made here, or ids of the caller's own."""
-    given = list(values)
-    own_ids = field == "messages" and any(isinstance(each, Mapping) and "id" in each for each in given)
-    key = uuid4().hex if key is None and not own_ids else key
-    sent = _encoded_each(field, given)
-    return append_encoded(conversation_id, field, sent, key, user_id, expected=expected, create=create)
-
-
-def append_encoded(
-    conversation_id: str,
-    field: Field,
-    values: Sequence[bytes],
-    key: str | None,
-    user_id: str | None,
-    *,
-    expected: Expected = ANYTHING,
-    create: Json | None = None,
-) -> Call:
-    """Append messages or items that are encoded already.
-
-    `create` has the conversation that is created if it is not there.
-    """
-    new = b"" if create is None else b'"conversation":' + encoded(create, "$.conversation") + b","
-    body = b"{" + new + b'"%s":[' % field.encode() + b",".join(values) + b"]}"
-    return _append(conversation_id, body, key, user_id, expected)
-
-
-def _append(
-    conversation_id: str, body: bytes, key: str | None, user_id: str | None, expected: Expected
-) -> Call:
-    if key is not None and not (key.isascii() and key.isprintable()):
-        raise refusal("header.Idempotency-Key", "only printable ASCII characters can be sent")
-    headers = expected.headers | ({} if key is None else {"Idempotency-Key": key})
-    return Call("POST", _messages(conversation_id), {"user_id": user_id, **expected.params}, body, headers)
-
-
-def _encoded_each(field: Field, values: Sequence[Any]) -> list[bytes]:
-    plain = [dict(each) if isinstance(each, Mapping) else each for each in values]
-    return [encoded(each, f"$.{field}[{place}]") for place, each in enumerate(plain)]
-
-
-def put_back(conversation_id: str, message: Message, user_id: str | None) -> Call:
-    """Append a message again that was taken. Its own id makes this append repeatable."""
-    return append(conversation_id, "messages", [_given(message)], None, user_id)
-
-
-def _given(message: Mapping[str, Any]) -> Json:
-    """Return a message without what the service adds, so that one that was read can be sent again."""
-    if not message.keys() >= _SERVICE_FIELDS:
-        return dict(message)
-    return {name: each for name, each in message.items() if name not in _SERVICE_FIELDS | _REPLACED_FIELDS}
-
-
-def replace_message(
-    conversation_id: str,
-    message_id: str,
-    message: Mapping[str, Any],
-    user_id: str | None,
-    *,
-    upsert: bool,
-    expected: Expected,
-) -> Call:
-    """Replace one message. The same content again changes nothing, so it may be repeated."""
-    query = {"user_id": user_id, "upsert": "true" if upsert else None, **expected.params}
-    path = _messages(conversation_id, message_id)
-    return Call("PUT", path, query, encoded(_given(message), "$"), expected.headers)
-
-
-def put_messages(
-    conversation_id: str,
-    messages: Sequence[Mapping[str, Any]],
-    user_id: str | None,
-    *,
-    after: int | None,
-    expected: Expected,
-) -> Call:
-    """Make the history exactly this list. The same list again changes nothing, so it may be repeated."""
-    query = {"user_id": user_id, "after": after, **expected.params}
-    sent = _encoded_each("messages", [_given(each) for each in messages])
-    body = b'{"messages":[' + b",".join(sent) + b"]}"
-    return Call("PUT", _messages(conversation_id), query, body, expected.headers)
-
-
 def read_messages(conversation_id: str, query: Mapping[str, Any]) -> Call:
     """Read a page of a history."""
-    return Call("GET", _messages(conversation_id), query)
+    return Call("GET", messages_path(conversation_id), query)
 
 
 def stream_messages(conversation_id: str, query: Mapping[str, Any]) -> Call:
     """Read a history as lines."""
-    return Call("GET", _messages(conversation_id), query, headers=_LINES)
+    return Call("GET", messages_path(conversation_id), query, headers=_LINES)
+
+
+def follow_messages(conversation_id: str, query: Mapping[str, Any], position: int | None) -> Call:
+    """Follow a history, after the position of the latest event if there is one."""
+    headers = EVENTS if position is None else {**EVENTS, "Last-Event-ID": str(position)}
+    return Call("GET", messages_path(conversation_id), query, headers=headers, silence_s=_SILENCE_S)
+
+
+def follow_conversations(user_id: str | None) -> Call:
+    """Follow a list of conversations."""
+    return Call("GET", "/events", {"user_id": user_id}, headers=EVENTS, silence_s=_SILENCE_S)
 
 
 def read_message(conversation_id: str, message_id: str, user_id: str | None) -> Call:
     """Read one message."""
-    return Call("GET", _messages(conversation_id, message_id), {"user_id": user_id})
+    return Call("GET", messages_path(conversation_id, message_id), {"user_id": user_id})
 
 
-def delete_message(conversation_id: str, message_id: str, user_id: str | None) -> Call:
+def delete_message(conversation_id: str, message_id: str, user_id: str | None, expected: Expected) -> Call:
     """Delete one message."""
-    path = _messages(conversation_id, message_id)
-    return Call("DELETE", path, {"user_id": user_id}, gone_is_done=True)
+    return _delete(messages_path(conversation_id, message_id), {"user_id": user_id}, expected)
 
 
-def delete_messages(conversation_id: str, after: int | None, user_id: str | None) -> Call:
+def delete_messages(conversation_id: str, after: int | None, user_id: str | None, expected: Expected) -> Call:
     """Delete the messages after a seq, or all of them."""
-    return Call("DELETE", _messages(conversation_id), {"after": after, "user_id": user_id}, gone_is_done=True)
+    return _delete(messages_path(conversation_id), {"after": after, "user_id": user_id}, expected)
 
 
-def pop(conversation_id: str, user_id: str | None, view: Field) -> Call:
+def pop(conversation_id: str, user_id: str | None, view: Field, expected: Expected) -> Call:
     """Take the newest message. It is never repeated, because a repetition would take another."""
-    query = {"user_id": user_id, "as": view if view == "items" else None}
-    return Call("POST", _conversation(conversation_id, "pop"), query, repeatable=False)
+    query = {"user_id": user_id, "as": view if view == "items" else None, **expected.params}
+    path = _conversation(conversation_id, "pop")
+    return Call("POST", path, query, headers=expected.headers, repeatable=False)
+
+
+# -- the context of a model call -------------------------------------------------------------------------
+
+
+def read_context(conversation_id: str, query: Mapping[str, Any]) -> Call:
+    """Read what a model is to be sent."""
+    return Call("GET", _conversation(conversation_id, "context"), query)
+
+
+def create_checkpoint(
+    conversation_id: str, upto_seq: int, summary: str, metadata: Json | None, user_id: str | None
+) -> Call:
+    """Store a checkpoint. The service knows the same one again, so it may be repeated."""
+    body: Json = {"upto_seq": upto_seq, "summary": summary}
+    body |= {} if metadata is None else {"metadata": metadata}
+    return Call("POST", _checkpoints(conversation_id), {"user_id": user_id}, encoded(body, "$"))
+
+
+def list_checkpoints(conversation_id: str, user_id: str | None) -> Call:
+    """Read all checkpoints."""
+    return Call("GET", _checkpoints(conversation_id), {"user_id": user_id})
+
+
+def delete_checkpoint(conversation_id: str, checkpoint_id: str, user_id: str | None) -> Call:
+    """Delete a checkpoint."""
+    return _delete(_checkpoints(conversation_id, checkpoint_id), {"user_id": user_id})
+
+
+def _checkpoints(conversation_id: str, *checkpoint_ids: str) -> str:
+    quoted = [quoted_id(each, "checkpoint_id") for each in checkpoint_ids]
+    return _conversation(conversation_id, "checkpoints", *quoted)
 
 
 # -- users ---------------------------------------------------------------------------------------------
@@ -315,66 +257,3 @@ def receipt_of(erasure: Json) -> EraseReceipt:
 def export(user_id: str) -> Call:
     """Read everything of a user as lines."""
     return Call("GET", _user(user_id, "export"), headers=_LINES)
-
-
-# -- batches -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Messages or items of a longer list, as they are sent, with the key under which they are stored once.
-
-    Where a message has an id of its own (`has_id`), the ids do this, and no key is sent.
-    """
-
-    field: Field
-    first: int
-    values: Sequence[bytes]
-    has_id: Sequence[bool]
-    key: str
-
-    def call(self, conversation_id: str, user_id: str) -> Call:
-        """Return the request that appends it, and creates the user's conversation first if it is missing."""
-        key, new = None if any(self.has_id) else self.key, {"user_id": user_id}
-        return append_encoded(conversation_id, self.field, self.values, key, user_id, create=new)
-
-    def halves(self) -> list[Batch]:
-        """Return it as two, each with a key that a repetition of this makes again."""
-        cut = len(self.values) // 2
-        return [
-            Batch(self.field, self.first, self.values[:cut], self.has_id[:cut], f"{self.key}-0"),
-            Batch(self.field, self.first + cut, self.values[cut:], self.has_id[cut:], f"{self.key}-1"),
-        ]
-
-    def can_be_halved(self, error: ApiError) -> bool:
-        """Tell whether the service, or a proxy before it, refused this for its size alone."""
-        return error.status == 413 and len(self.values) > 1
-
-    def name_places(self, error: ApiError) -> None:
-        """Count the places that an error names from the list's beginning, not from the batch's."""
-        place = re.compile(rf"\$\.{self.field}\[(\d+)\]")
-
-        def moved(text: str) -> str:
-            return place.sub(lambda at: f"$.{self.field}[{int(at[1]) + self.first}]", text)
-
-        error.detail = moved(error.detail)
-        error.errors = [{**each, "path": moved(str(each.get("path", "")))} for each in error.errors]
-        error.args = (moved(str(error)),)
-
-
-def batches(field: Field, values: Sequence[Any]) -> list[Batch]:
-    """Cut messages or items into batches by their number and by their bytes, as few as there can be."""
-    cuts: list[Batch] = []
-    first, size = 0, 0
-    sent = _encoded_each(field, values)
-    has_id = [field == "messages" and "id" in each for each in values]
-
-    def cut(end: int) -> Batch:
-        return Batch(field, first, sent[first:end], has_id[first:end], uuid4().hex)
-
-    for place, value in enumerate(sent):
-        if place > first and (place - first == BATCH_ITEMS or size + len(value) >= BATCH_BYTES):
-            cuts.append(cut(place))
-            first, size = place, 0
-        size += len(value) + 1
-    return [*cuts, cut(len(sent))] if sent else []

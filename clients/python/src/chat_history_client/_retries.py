@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 from tenacity import RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
-from chat_history_client._requests import Call
+from chat_history_client._requests import EVENTS, Call
 from chat_history_client.errors import ApiError, Conflict, NotFound, Stale, Unavailable
 
 Stop = Callable[[RetryCallState], bool]
@@ -74,6 +74,17 @@ def answer(response: httpx.Response) -> Any:
         raise ApiError(response.status_code, {"detail": detail}) from None
 
 
+def raise_unless_begun(call: Call, response: httpx.Response) -> None:
+    """Raise the error that the head of an answer says, also if it is no stream of events and must be one."""
+    raise_for(response)
+    wanted = EVENTS["Accept"]
+    if (call.headers or {}).get("Accept") != wanted:
+        return
+    if not response.headers.get("content-type", "").startswith(wanted):
+        detail = "The answer is no stream of events, so `base_url` is not this service's."
+        raise ApiError(response.status_code, {"detail": detail})
+
+
 # Reasons of OpenSSL that mean that the other side does not speak TLS, or none that we do.
 _NEVER_TLS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "UNSUPPORTED_PROTOCOL"})
 
@@ -85,7 +96,7 @@ def _is_final(error: BaseException | None) -> bool:
     if isinstance(error, httpx.ProxyError) and str(error).startswith(("401", "403", "407")):
         return True  # the proxy's own refusal, 407 for one
     while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
+        if isinstance(error, ssl.SSLCertVerificationError | Stale):
             return True
         if isinstance(error, ssl.SSLError) and error.reason in _NEVER_TLS:
             return True
@@ -93,12 +104,15 @@ def _is_final(error: BaseException | None) -> bool:
     return False
 
 
+_NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
 def _worth_repeating(call: Call) -> Any:
     def worth(error: BaseException) -> bool:
         if _is_final(error):
             return False
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
-            return True  # nothing was sent
+        if isinstance(error, _NOT_SENT):
+            return True
         return call.repeatable and isinstance(error, Unavailable | httpx.TransportError)
 
     return retry_if_exception(worth)
@@ -114,3 +128,10 @@ def _wait(state: RetryCallState) -> float:
 def gone_already(call: Call, attempts: int, error: BaseException) -> bool:
     """Tell whether a deletion found nothing because its own first attempt, unanswered, was done."""
     return call.gone_is_done and attempts > 1 and isinstance(error, NotFound)
+
+
+def may_be_done(error: Exception) -> bool:
+    """Tell whether an attempt that failed in this way may have been done nevertheless."""
+    if isinstance(error, Unavailable):
+        return error.status != 429
+    return not isinstance(error, _NOT_SENT)

@@ -124,6 +124,9 @@ class Settings(Generic[TransportT]):
         options = call.options()
         if self._token and call.method == "GET":
             options["headers"][_COMMIT_HEADER] = self._token
+        if call.silence_s:
+            timeout_s = self._options["timeout"]
+            options["timeout"] = httpx.Timeout(timeout_s, read=max(timeout_s, call.silence_s))
         return options
 
     def _note(self, response: httpx.Response) -> httpx.Response:

@@ -30,7 +30,7 @@ class Conflict(ApiError):
 
 
 class Stale(Conflict):
-    """The conversation is not as `expected_last_seq` or `expected_version` says; nothing was changed.
+    """The conversation is not as `expected_last_seq` or `expected_version` says; this call changed nothing.
 
     `version` and `last_seq` are the conversation's, and `missed` has the first messages behind
     `expected_last_seq`, up to 100, if that was given.

@@ -16,9 +16,9 @@ from langgraph.config import get_config
 from langgraph.graph.message import REMOVE_ALL_MESSAGES
 
 from chat_history_client import AsyncChatHistoryClient, ChatHistoryClient
-from chat_history_client._adapters import aread, read
+from chat_history_client._adapters import aread, aread_or_begin, read, read_or_begin
 from chat_history_client.langchain import restored_with_ids, stored_as
-from chat_history_client.types import Json
+from chat_history_client.types import Context, Json
 
 
 class ChatHistoryState(AgentState[Any]):
@@ -40,6 +40,9 @@ class ChatHistoryMiddleware(AgentMiddleware[ChatHistoryState, Any, Any]):
     front of those that shorten the messages (`SummarizationMiddleware`): the history stays whole, and a
     summary is not stored. A checkpointer is not needed; with one, the messages of both are told apart by id.
 
+    With `max_context_tokens`, a run begins with what the service's `get_context` returns within so many
+    tokens, in place of the whole history. What the run brings comes on top of that.
+
     `client` serves `invoke` and `stream`, and `async_client` serves `ainvoke` and `astream`.
     """
 
@@ -52,22 +55,39 @@ class ChatHistoryMiddleware(AgentMiddleware[ChatHistoryState, Any, Any]):
         async_client: AsyncChatHistoryClient | None = None,
         conversation_id: str | None = None,
         user_id: str | None = None,
+        max_context_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self._client = client
         self._async_client = async_client
         self._conversation_id = conversation_id
         self._user_id = user_id
+        self._max_context_tokens = max_context_tokens
 
     def before_agent(self, state: ChatHistoryState, runtime: Any) -> Json | None:
-        """Load the history."""
+        """Load the history, or its context."""
         del runtime
-        return _loaded(read(self._sync(), *self._place()), state["messages"])
+        client, (name, user) = self._sync(), self._place()
+        if (most := self._max_context_tokens) is None:
+            return _loaded(read(client, name, user), state["messages"])
+
+        def read_context() -> list[Json]:
+            return _with_ids(client.get_context(name, max_tokens=most, repair="placeholder", user_id=user))
+
+        return _loaded(read_or_begin(client, name, user, read_context), state["messages"], cut=True)
 
     async def abefore_agent(self, state: ChatHistoryState, runtime: Any) -> Json | None:
-        """Load the history."""
+        """Load the history, or its context."""
         del runtime
-        return _loaded(await aread(self._async(), *self._place()), state["messages"])
+        client, (name, user) = self._async(), self._place()
+        if (most := self._max_context_tokens) is None:
+            return _loaded(await aread(client, name, user), state["messages"])
+
+        async def read_context() -> list[Json]:
+            context = client.get_context(name, max_tokens=most, repair="placeholder", user_id=user)
+            return _with_ids(await context)
+
+        return _loaded(await aread_or_begin(client, name, user, read_context), state["messages"], cut=True)
 
     def before_model(self, state: ChatHistoryState, runtime: Any) -> Json | None:
         """Store what is new: what the user says, or a call with its results."""
@@ -127,15 +147,25 @@ class ChatHistoryMiddleware(AgentMiddleware[ChatHistoryState, Any, Any]):
         return self._async_client
 
 
-def _loaded(stored: Sequence[Json], messages: Sequence[BaseMessage]) -> Json:
-    """Return the update that puts the history before the messages that it does not have yet."""
+def _loaded(stored: Sequence[Json], messages: Sequence[BaseMessage], *, cut: bool = False) -> Json:
+    """Return the update that puts the history before the messages that it does not have yet.
+
+    Where the history is `cut`, messages of the run that stand before one of it were left out of it.
+    """
     history = restored_with_ids(stored)
     ids = [message.id for message in history]
-    new = [message for message in messages if message.id not in set(ids)]
+    known = [message.id in set(ids) for message in messages]
+    first = len(known) - known[::-1].index(True) if cut and True in known else 0
+    new = [message for message, is_known in zip(messages[first:], known[first:], strict=True) if not is_known]
     update: Json = {"chat_history_stored": ids}
     if history:
         update["messages"] = [RemoveMessage(id=REMOVE_ALL_MESSAGES), *history, *new]
     return update
+
+
+def _with_ids(context: Context) -> list[Json]:
+    """Return the messages of a context; the summary, and what stands for a missing result, have no ids."""
+    return [{"id": f"context,{place}", **message} for place, message in enumerate(context["messages"])]
 
 
 def _new(state: ChatHistoryState) -> list[AnyMessage]:

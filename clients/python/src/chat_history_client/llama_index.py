@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from enum import Enum
 from itertools import groupby
 from typing import Any
+from uuid import uuid4
 
 from llama_index.core.base.llms.types import (
     AudioBlock,
@@ -29,8 +30,9 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.storage.chat_store.base import BaseChatStore
 
-from chat_history_client import ChatHistoryClient, NotFound
+from chat_history_client import ApiError, ChatHistoryClient, NotFound
 from chat_history_client._adapters import read
+from chat_history_client._appending import BATCH_ITEMS
 from chat_history_client._exact import kept, opened
 from chat_history_client._message_parts import (
     Call,
@@ -61,8 +63,9 @@ class ChatHistoryChatStore(BaseChatStore):
     """A chat store whose keys are conversations of `user_id`, for `ChatMemoryBuffer` and others.
 
     A key that is another user's conversation raises Conflict when it is read. `set_messages` keeps what the
-    history begins with already, and changes the rest in two steps, a deletion and an append. The asynchronous
-    methods are LlamaIndex's own, which call the synchronous ones in a thread.
+    history begins with already, and changes the rest in one step; a list that is too large for one request is
+    appended after a deletion. The asynchronous methods are LlamaIndex's own, which call the synchronous ones
+    in a thread.
     """
 
     _client: ChatHistoryClient = PrivateAttr()
@@ -84,12 +87,12 @@ class ChatHistoryChatStore(BaseChatStore):
 
     def set_messages(self, key: str, messages: list[ChatMessage]) -> None:
         """Make the history exactly these messages, and keep the stored ones that it begins with."""
-        same = 0
+        same, after = 0, 0
         for stored, found in self._read(key):
             if messages[same : same + len(found)] != found:
-                self._client.delete_messages(key, after=stored[0]["seq"] - 1, user_id=self._user_id)
-                break
-            same += len(found)
+                self._replace(key, after, messages[same:])
+                return
+            same, after = same + len(found), stored[-1]["seq"]
         self._append(key, messages[same:])
 
     def add_message(self, key: str, message: ChatMessage) -> None:
@@ -125,6 +128,20 @@ class ChatHistoryChatStore(BaseChatStore):
     def get_keys(self) -> list[str]:
         """Return the ids of all conversations of the user, latest activity first."""
         return [each["id"] for each in self._client.stream_conversations(self._user_id)]
+
+    def _replace(self, key: str, after: int, messages: Sequence[ChatMessage]) -> None:
+        """Put messages in the place of those behind a seq, in one step if a request holds them."""
+        if len(messages) <= BATCH_ITEMS:
+            new = [{"id": uuid4().hex, **stored_as(each)} for each in messages]
+            try:
+                self._client.put_messages(key, new, after=after, user_id=self._user_id)
+            except ApiError as error:
+                if error.status != 413:
+                    raise
+            else:
+                return
+        self._client.delete_messages(key, after=after, user_id=self._user_id)
+        self._append(key, messages)
 
     def _append(self, key: str, messages: Sequence[ChatMessage]) -> None:
         self._client.add_all_messages(key, list(map(stored_as, messages)), user_id=self._user_id)

@@ -18,7 +18,7 @@ from agents.memory.session_settings import (
 )
 
 from chat_history_client import AsyncChatHistoryClient, Item, NotFound
-from chat_history_client._adapters import aread_items
+from chat_history_client._adapters import aread_or_begin
 from chat_history_client._exact import kept_item, opened_item
 
 
@@ -29,6 +29,9 @@ class ChatHistorySession(SessionABC):
     once, whatever happens to the connection), and one for `pop_item`, which gives an item to one caller only.
     May be used from several event loops, as may the client. The conversation is made by the first
     `get_items` or `add_items`; if it is another user's, either raises Conflict.
+
+    With `max_context_tokens`, `get_items` without a limit returns what a model is to be sent within so many
+    tokens, as the service's `get_context` has it; the session itself stays whole.
 
     A run that is cancelled while it writes stores what it had to store, and is cancelled then. A cancelled
     `pop_item` leaves its item in the session, as the newest.
@@ -41,6 +44,7 @@ class ChatHistorySession(SessionABC):
         *,
         user_id: str = "default",
         conversation_id: str | None = None,
+        max_context_tokens: int | None = None,
         session_settings: SessionSettings | dict[str, Any] | None = None,
     ) -> None:
         self.session_id = session_id
@@ -48,11 +52,22 @@ class ChatHistorySession(SessionABC):
         self.session_settings = coerce_session_settings(session_settings or SessionSettings())
         self._client = client
         self._user_id = user_id
+        self._max_context_tokens = max_context_tokens
 
     async def get_items(self, limit: int | None = None) -> list[TResponseInputItem]:
         """Return the items, oldest first; with a limit the newest so many."""
         count = resolve_session_limit(limit, self.session_settings)
-        items = await aread_items(self._client, self.conversation_id, self._user_id, count)
+
+        async def read_items() -> list[Item]:
+            client, name, user = self._client, self.conversation_id, self._user_id
+            if count is not None:
+                return await client.last_items(name, count, user_id=user)
+            if (most := self._max_context_tokens) is not None:
+                context = await client.get_context(name, max_tokens=most, format="responses", user_id=user)
+                return context["messages"]
+            return [item async for item in client.stream_items(name, user_id=user)]
+
+        items = await aread_or_begin(self._client, self.conversation_id, self._user_id, read_items)
         return cast("list[TResponseInputItem]", list(map(opened_item, items)))
 
     async def add_items(self, items: list[TResponseInputItem]) -> None:

@@ -19,6 +19,8 @@ Item: TypeAlias = dict[str, Any]
 Time: TypeAlias = datetime | str
 Role: TypeAlias = Literal["user", "assistant", "tool", "system", "developer", "model"]
 Order: TypeAlias = Literal["asc", "desc"]
+ContextFormat: TypeAlias = Literal["native", "openai", "responses", "anthropic"]
+Repair: TypeAlias = Literal["placeholder", "none"]
 
 
 class Conversation(TypedDict):
@@ -46,6 +48,135 @@ class MessageItems(TypedDict):
     seq: int
     created_at: str
     items: list[Item]
+
+
+class Checkpoint(TypedDict):
+    """A summary of the history up to a seq."""
+
+    id: str
+    conversation_id: str
+    user_id: str
+    upto_seq: int
+    created_at: str
+    summary: str
+    metadata: Json | None
+
+
+class LeftOut(TypedDict):
+    """How much of a conversation is not in its context; `tokens` is None where they are not known."""
+
+    messages: int
+    tokens: int | None
+
+
+class ContextCall(TypedDict):
+    """A call of a tool without a result."""
+
+    tool_call_id: str
+    name: str
+    message_id: str
+
+
+class Context(TypedDict):
+    """What a model is to be sent, and what the service says of it; see docs/context.md.
+
+    `system` is there only in the form `anthropic`.
+    """
+
+    system: NotRequired[list[Json]]
+    messages: list[Json]
+    from_seq: int | None
+    to_seq: int | None
+    last_seq: int
+    version: int
+    tokens: int
+    tokens_estimated: bool
+    over_budget: bool
+    left_out: LeftOut
+    checkpoint: Checkpoint | None
+    open_tool_calls: list[ContextCall]
+    synthetic: list[ContextCall]
+
+
+class MessageEvent(TypedDict):
+    """`message`: a new one. `updated`: one as it stands now, in the place of the one with its `seq`.
+
+    `id` is the seq after which a later `tail` goes on.
+    """
+
+    event: Literal["message", "updated"]
+    data: Message
+    id: NotRequired[int]
+
+
+class DeletedMessages(TypedDict):
+    """The seqs where no message stands any more: `after` < seq <= `upto`."""
+
+    after: int
+    upto: int
+
+
+class DeletedEvent(TypedDict):
+    """Messages were deleted; some of them may have been gone before."""
+
+    event: Literal["deleted"]
+    data: DeletedMessages
+
+
+class LastSeq(TypedDict):
+    """The newest seq of a conversation."""
+
+    last_seq: int
+
+
+class HeadEvent(TypedDict):
+    """All that was there has been told; what follows is new. It comes once."""
+
+    event: Literal["head"]
+    data: LastSeq
+    id: NotRequired[int]
+
+
+class GoneEvent(TypedDict):
+    """The conversation was deleted. It is the last event."""
+
+    event: Literal["gone"]
+    data: Json
+
+
+# What `tail` yields; `event` tells which one it is.
+HistoryEvent: TypeAlias = MessageEvent | DeletedEvent | HeadEvent | GoneEvent
+
+
+class ConversationEvent(TypedDict):
+    """A conversation was created or changed, and is now as `data` says."""
+
+    event: Literal["created", "changed"]
+    data: Conversation
+
+
+class ConversationId(TypedDict):
+    """The id of a conversation."""
+
+    id: str
+
+
+class ConversationDeletedEvent(TypedDict):
+    """A conversation was deleted."""
+
+    event: Literal["deleted"]
+    data: ConversationId
+
+
+class ListHeadEvent(TypedDict):
+    """The list is to be read now, because not every earlier change has been told."""
+
+    event: Literal["head"]
+    data: Json
+
+
+# What `tail_conversations` yields.
+ListEvent: TypeAlias = ConversationEvent | ConversationDeletedEvent | ListHeadEvent
 
 
 class EraseReceipt(TypedDict):

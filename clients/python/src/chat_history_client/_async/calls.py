@@ -7,14 +7,18 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
+import httpx
 from tenacity import AsyncRetrying
 
+from chat_history_client import _appending as appending
 from chat_history_client import _requests as requests
+from chat_history_client._appending import Batch
 from chat_history_client._async.connections import Connections
-from chat_history_client._requests import Batch, Call, Field
-from chat_history_client._retries import answer, gone_already, retrying
+from chat_history_client._requests import Call, Expected, Field
+from chat_history_client._retries import answer, gone_already, may_be_done, retrying
 from chat_history_client._stream import ExportStream, HistoryStream
-from chat_history_client.errors import ApiError, NotFound
+from chat_history_client._tail import Tail
+from chat_history_client.errors import ApiError, NotFound, Stale, Unavailable
 from chat_history_client.types import EraseReceipt, Json
 
 
@@ -27,6 +31,7 @@ class Calls(Connections):
         return await self._settled(lambda: self._attempts(call), repeatable=call.repeatable)
 
     async def _attempts(self, call: Call) -> Any:
+        unanswered: Exception | None = None
         async for attempt in AsyncRetrying(**retrying(call, self._retry_s)):
             with attempt:
                 try:
@@ -36,6 +41,14 @@ class Calls(Connections):
                 except NotFound as error:
                     if gone_already(call, attempt.retry_state.attempt_number, error):
                         return None
+                    raise
+                except Stale as error:
+                    if unanswered is None or call.is_known_again:
+                        raise
+                    # What has changed the history may be the attempt whose answer was lost.
+                    raise unanswered from error
+                except (Unavailable, httpx.TransportError) as error:
+                    unanswered = error if may_be_done(error) else unanswered
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -51,6 +64,25 @@ class Calls(Connections):
                             yield value
                 stream.end()
                 return
+
+    async def _follow(self, tail: Tail) -> AsyncGenerator[Any, None]:
+        stop = tail.stop(self._retry_s)
+        async for attempt in AsyncRetrying(**retrying(tail.call(), self._retry_s, stop)):
+            with attempt:
+                try:
+                    async with aclosing(self._chunks(tail.call())) as chunks:
+                        async for chunk in chunks:
+                            for event in tail.events(chunk):
+                                yield event
+                                if event["event"] == "gone":
+                                    return
+                except NotFound:
+                    if not tail.began:
+                        raise
+                    yield {"event": "gone", "data": {}}
+                    return
+                # The service ends a stream when it stops itself, and another process goes on with it.
+                raise httpx.RemoteProtocolError("The stream of events ended.")
 
     async def _last(self, conversation_id: str, count: int, query: Json) -> list[Json]:
         found: list[Json] = []
@@ -68,7 +100,7 @@ class Calls(Connections):
     async def _add_all(
         self, conversation_id: str, field: Field, values: Sequence[Mapping[str, Any]], user_id: str
     ) -> None:
-        batches = requests.batches(field, values)
+        batches = appending.batches(field, values)
         if batches:
             await self._settled(lambda: self._add_batches(conversation_id, batches, user_id))
 
@@ -94,14 +126,17 @@ class Calls(Connections):
             erasure = await self._do(requests.read_erasure(user_id, erasure["id"]))
         return requests.receipt_of(erasure)
 
-    async def _pop(self, conversation_id: str, user_id: str | None, view: Field) -> Json | None:
+    async def _pop(
+        self, conversation_id: str, user_id: str | None, view: Field, expected: Expected
+    ) -> Json | None:
         async def take() -> Json | None:
-            taken: Json | None = await self._attempts(requests.pop(conversation_id, user_id, view))
+            call = requests.pop(conversation_id, user_id, view, expected)
+            taken: Json | None = await self._attempts(call)
             return taken
 
         async def put_back(taken: Json | None) -> None:
             if taken is not None:
                 message = taken["message"] if view == "items" else taken
-                await self._attempts(requests.put_back(conversation_id, message, user_id))
+                await self._attempts(appending.put_back(conversation_id, message, user_id))
 
         return await self._settled(take, repeatable=False, undo=put_back)

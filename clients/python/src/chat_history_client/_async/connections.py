@@ -1,6 +1,6 @@
 """Connections of an event loop, and cancellations: what the asynchronous client has by nature.
 
-`_sync/connections.py` is its twin; `_sync/client.py` is generated from `_async/client.py`.
+`_sync/connections.py` is its twin; the other modules of `_sync` are generated from those of `_async`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import anyio.lowlevel
 import httpx
 
 from chat_history_client._requests import Call
-from chat_history_client._retries import raise_for
+from chat_history_client._retries import raise_unless_begun
 from chat_history_client._settings import Settings
 
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Connections(Settings[httpx.AsyncBaseTransport]):
         async with http.stream(call.method, call.path, **self._request(call)) as response:
             if not response.is_success:
                 await response.aread()
-            raise_for(response)
+            raise_unless_begun(call, response)
             async for chunk in response.aiter_bytes():
                 yield chunk
 

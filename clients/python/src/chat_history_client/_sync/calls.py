@@ -8,14 +8,18 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+import httpx
 from tenacity import Retrying
 
+from chat_history_client import _appending as appending
 from chat_history_client import _requests as requests
-from chat_history_client._requests import Batch, Call, Field
-from chat_history_client._retries import answer, gone_already, retrying
+from chat_history_client._appending import Batch
+from chat_history_client._requests import Call, Expected, Field
+from chat_history_client._retries import answer, gone_already, may_be_done, retrying
 from chat_history_client._stream import ExportStream, HistoryStream
 from chat_history_client._sync.connections import Connections
-from chat_history_client.errors import ApiError, NotFound
+from chat_history_client._tail import Tail
+from chat_history_client.errors import ApiError, NotFound, Stale, Unavailable
 from chat_history_client.types import EraseReceipt, Json
 
 
@@ -28,6 +32,7 @@ class Calls(Connections):
         return self._settled(lambda: self._attempts(call), repeatable=call.repeatable)
 
     def _attempts(self, call: Call) -> Any:
+        unanswered: Exception | None = None
         for attempt in Retrying(**retrying(call, self._retry_s)):
             with attempt:
                 try:
@@ -37,6 +42,14 @@ class Calls(Connections):
                 except NotFound as error:
                     if gone_already(call, attempt.retry_state.attempt_number, error):
                         return None
+                    raise
+                except Stale as error:
+                    if unanswered is None or call.is_known_again:
+                        raise
+                    # What has changed the history may be the attempt whose answer was lost.
+                    raise unanswered from error
+                except (Unavailable, httpx.TransportError) as error:
+                    unanswered = error if may_be_done(error) else unanswered
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -52,6 +65,25 @@ class Calls(Connections):
                             yield value
                 stream.end()
                 return
+
+    def _follow(self, tail: Tail) -> Generator[Any, None]:
+        stop = tail.stop(self._retry_s)
+        for attempt in Retrying(**retrying(tail.call(), self._retry_s, stop)):
+            with attempt:
+                try:
+                    with closing(self._chunks(tail.call())) as chunks:
+                        for chunk in chunks:
+                            for event in tail.events(chunk):
+                                yield event
+                                if event["event"] == "gone":
+                                    return
+                except NotFound:
+                    if not tail.began:
+                        raise
+                    yield {"event": "gone", "data": {}}
+                    return
+                # The service ends a stream when it stops itself, and another process goes on with it.
+                raise httpx.RemoteProtocolError("The stream of events ended.")
 
     def _last(self, conversation_id: str, count: int, query: Json) -> list[Json]:
         found: list[Json] = []
@@ -69,7 +101,7 @@ class Calls(Connections):
     def _add_all(
         self, conversation_id: str, field: Field, values: Sequence[Mapping[str, Any]], user_id: str
     ) -> None:
-        batches = requests.batches(field, values)
+        batches = appending.batches(field, values)
         if batches:
             self._settled(lambda: self._add_batches(conversation_id, batches, user_id))
 
@@ -95,14 +127,15 @@ class Calls(Connections):
             erasure = self._do(requests.read_erasure(user_id, erasure["id"]))
         return requests.receipt_of(erasure)
 
-    def _pop(self, conversation_id: str, user_id: str | None, view: Field) -> Json | None:
+    def _pop(self, conversation_id: str, user_id: str | None, view: Field, expected: Expected) -> Json | None:
         def take() -> Json | None:
-            taken: Json | None = self._attempts(requests.pop(conversation_id, user_id, view))
+            call = requests.pop(conversation_id, user_id, view, expected)
+            taken: Json | None = self._attempts(call)
             return taken
 
         def put_back(taken: Json | None) -> None:
             if taken is not None:
                 message = taken["message"] if view == "items" else taken
-                self._attempts(requests.put_back(conversation_id, message, user_id))
+                self._attempts(appending.put_back(conversation_id, message, user_id))
 
         return self._settled(take, repeatable=False, undo=put_back)

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import httpx
 
 from chat_history_client._requests import Call
-from chat_history_client._retries import raise_for
+from chat_history_client._retries import raise_unless_begun
 from chat_history_client._settings import INHERITED, Settings
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class Connections(Settings[httpx.BaseTransport]):
         try:
             if not response.is_success:
                 response.read()
-            raise_for(response)
+            raise_unless_begun(call, response)
             for chunk in chunks:
                 yield chunk
                 if self._open is not opened:
