@@ -37,7 +37,7 @@ MISSING = object()
 
 @usable
 @pytest.mark.parametrize("name", [*written_types.TYPES, "id", "revision_id", "another"])
-@pytest.mark.parametrize("value", [MISSING, *ODD], ids=lambda each: repr(each)[:30])
+@pytest.mark.parametrize("value", [MISSING, *ODD], ids=lambda each: type(each).__name__)
 def test_a_conversation_is_shown_as_the_model_reads_it_whatever_is_stored(name: str, value: Any) -> None:
     stored = {**conversation(), name: value}
     if value is MISSING:
