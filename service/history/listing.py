@@ -6,6 +6,7 @@ is skipped by counting.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import structlog
+from bson.errors import InvalidBSON
 from pymongo import ASCENDING, DESCENDING
 
 from service import clock
@@ -22,7 +24,7 @@ from service.documents import Conversation
 from service.errors import MalformedDocument
 from service.formats import bson_codec
 from service.formats.strict_json import Json
-from service.history import records
+from service.history import records, written_types
 from service.history.records import ConversationRecord
 from service.history.store import ConversationStore
 from service.tenancy import OWNER_WHILE_DELETED, OwnerKey, TenantScope, local_id, tenant_of
@@ -37,6 +39,10 @@ _WINDOW = timedelta(seconds=1)
 _WINDOW_GROWTH = 8
 # How many conversations a walk over a whole tenant reads at once.
 _WALK_ITEMS = 1_000
+# One query reads a list that is at most so many times as long as its page. Of so many users the length of the
+# list is remembered, by a hash of the user's key.
+_SHORT_TIMES, _FAR = 4, 2**63
+_LENGTHS_MOST = 10_000
 _FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
 # The time that orders the list. It is `updated_at` while conversations of an earlier version may be without
 # the other one. It is never before `active_at`, so a cursor that stands at such a time skips nothing later.
@@ -90,10 +96,13 @@ async def page(
     budget = Budget(store.settings.page_bytes_max)
     found: list[_Listed] = []
     async with store.deadline():
-        for query in _queries(store, scope, owner, order, after):
+        for query in _queries(scope, owner, order, after, in_windows=_in_windows(store, owner, after, limit)):
             found += await _read(store, query, order, limit + 1 - len(found), budget)
             if len(found) > limit or budget.spent:
                 break
+    if after is None:
+        ended = len(found) <= limit and not budget.spent
+        _remember_length(store, owner, len(found), all_of_it=ended)
     shown = found[:limit]
     return ConversationPage(
         [each.conversation for each in shown if each.conversation],
@@ -158,11 +167,27 @@ def _order(store: ConversationStore) -> Order:
     return "updated_at" if store.lists_by_update else "active_at"
 
 
+def _remember_length(store: ConversationStore, owner: OwnerKey, found: int, *, all_of_it: bool) -> None:
+    """Remember how many conversations a user has, if a page had all of them, and forget what was too few."""
+    lengths, user = store.list_lengths, hash(owner)
+    if all_of_it:
+        if len(lengths) >= _LENGTHS_MOST:
+            lengths.clear()
+        lengths[user] = found
+    elif found > lengths.get(user, _FAR):
+        del lengths[user]
+
+
+def _in_windows(store: ConversationStore, owner: OwnerKey, after: ListPosition | None, limit: int) -> bool:
+    """Tell whether to read in windows of time: where a limit saves no reading, and the list may be long."""
+    is_short = after is None and store.list_lengths.get(hash(owner), _FAR) <= _SHORT_TIMES * limit
+    return store.database.limit_reads_whole_match and not is_short
+
+
 def _queries(
-    store: ConversationStore, scope: TenantScope, owner: OwnerKey, order: Order, after: ListPosition | None
+    scope: TenantScope, owner: OwnerKey, order: Order, after: ListPosition | None, *, in_windows: bool
 ) -> Iterator[Json]:
     """Yield the filters that together find the list behind a position, in its order."""
-    in_windows = store.database.limit_reads_whole_match
     if after is None and not in_windows:
         yield {"user_id": owner}
         return
@@ -194,6 +219,11 @@ def _listed(raw: bytes, order: Order) -> _Listed:
     It is left out, because otherwise one bad document would hide all others of the user. Its place is needed
     still, where it is the last of the page.
     """
+    with contextlib.suppress(InvalidBSON, MalformedDocument):
+        stored = bson_codec.decode(raw)
+        if written_types.is_as_written(stored):
+            shown = records.as_written(stored)
+            return _Listed(ListPosition(stored.get(order) or UNDATED, shown.id), shown)
     fields = bson_codec.decode_anything(raw)
     time = fields.get(order)
     place = ListPosition(time if isinstance(time, datetime) else UNDATED, local_id(str(fields["_id"])))

@@ -110,6 +110,11 @@ def conversation(raw: bytes) -> ConversationRecord:
         raise MalformedDocument(_MALFORMED_CONVERSATION) from error
     if not written_types.is_as_written(stored):
         return of_document(document(raw))  # the model corrects, or refuses, what somebody wrote by hand
+    return as_written(stored)
+
+
+def as_written(stored: Json) -> ConversationRecord:
+    """Return a decoded conversation, if `is_as_written` says so, as callers see it."""
     exact, updated_at = stored.get("exact_metadata"), stored["updated_at"]
     return ConversationRecord(
         id=local_id(stored["_id"]),
@@ -128,10 +133,7 @@ def conversation(raw: bytes) -> ConversationRecord:
 
 
 def of_document(stored: Conversation) -> ConversationRecord:
-    """Return a conversation that was read, or was just stored, as callers see it.
-
-    Raises MalformedDocument where the exact copy of its metadata is not well formed.
-    """
+    """Return a conversation that was read, or stored, as callers see it. Raises MalformedDocument."""
     shown = {each.name: getattr(stored, each.name) for each in fields(ConversationRecord)}
     shown |= {"id": local_id(stored.id), "user_id": local_id(stored.user_id)}
     shown["active_at"] = stored.active_at or stored.updated_at

@@ -76,6 +76,8 @@ class ConversationStore:
         self.doorbell = Doorbell(database)
         # What is kept of the histories that were read.
         self.kept_pages = KeptPages(database, settings.cache_bytes)
+        # How many conversations a user had lately, on the embedded engine (see `listing`). A guess.
+        self.list_lengths: dict[int, int] = {}
         # Whether the maintenance has found that every conversation has an `active_at`.
         self.all_have_active_at = False
         # Work that goes on when its caller is gone.

@@ -350,6 +350,9 @@ def history_machine(client: httpx.Client) -> type[RuleBasedStateMachine]:  # noq
                 assert {each["id"] for each in listed} == theirs
                 order = [(each["active_at"], each["id"]) for each in listed]
                 assert [time for time, _ in order] == sorted((time for time, _ in order), reverse=True)
+            # The list of all users begins with these, because nobody else is at work.
+            everybody = client.get("/conversations", params={"limit": 20}).json()["data"]
+            assert {each["id"] for each in everybody if each["id"] in self.ids} == set(self.talks)
 
         def post(self, number: int, batch: list[Any], key: str | None) -> httpx.Response:
             self.acted.add(number)

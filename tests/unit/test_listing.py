@@ -103,6 +103,25 @@ async def test_pages_have_every_conversation_of_the_user_once_and_in_order(
     ordered = sorted(stored, key=lambda each: (-each["updated_at"].timestamp(), each["_id"]))
     assert [each for one in found for each in one] == [each["_id"].rpartition("/")[2] for each in ordered]
     assert all(len(one) == limit for one in found[:-1])
+    assert await pages(store, limit, scope) == found  # now that the length of the list may be known
+
+
+async def test_a_list_that_was_short_is_read_with_one_query_until_it_is_long() -> None:
+    stored = [conversation(f"c{n}", updated_at=START - n * MS) for n in range(5)]
+    store, database = fake_store(stored, embedded=True)
+
+    async def read() -> tuple[int, int]:
+        database.reads.clear()
+        return len((await page(store, 5)).conversations), len(database.reads)
+
+    assert (await read())[1] > 1  # it may be long
+    assert await read() == (5, 1)
+    assert (await page(store, 1)).has_more  # of a page that is this short it is no short list
+    database.documents.append(conversation("c5", updated_at=START))
+    assert await read() == (5, 1)
+    assert (await read())[1] > 1
+    assert len((await page(store, 50)).conversations) == 6
+    assert (await read())[1] == 1
 
 
 @engines
