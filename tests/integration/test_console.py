@@ -18,6 +18,7 @@ import pytest
 from pymongo import MongoClient, monitoring
 
 from service.access.sessions import SESSION_S, Sessions
+from service.api import meta
 from service.app import create_app
 from service.console import rendering
 from service.settings import Settings
@@ -129,6 +130,7 @@ def test_the_files_of_the_console_are_small() -> None:
     files = [
         *Path(rendering.__file__).parent.glob("static/*"),
         *Path(rendering.__file__).parent.glob("templates/*"),
+        Path(meta.__file__).parent / "docs.css",
     ]
     assert len(files) > 10
     assert sum(each.stat().st_size for each in files) <= BYTES_MAX
