@@ -118,7 +118,7 @@ async def follow_history(
     _refuse_useless(query)
     last = _last_event_id(request)
     after = last if last is not None else query.after
-    return await _stream(request, chat.follow_chat_history(conversation_id, query.user_id, after=after), show)
+    return await stream(request, chat.follow_chat_history(conversation_id, query.user_id, after=after), show)
 
 
 @router.get(
@@ -142,10 +142,10 @@ async def follow_conversations(
         principal.require("admin")
     if query.user_id is not None:
         dependencies.audit(request, query.user_id)
-    return await _stream(request, chat.follow_list(query.user_id), lambda each: each)
+    return await stream(request, chat.follow_list(query.user_id), lambda each: each)
 
 
-async def _stream(
+async def stream(
     request: Request, parts: AsyncIterator[list[LiveEvent]], show: Callable[[Json], Json]
 ) -> Response:
     """Answer with events as they happen. An error before the first one is still answered as an error."""

@@ -98,32 +98,36 @@ def _allowed(request: Request, settings: Settings) -> bool:
 
 # Swagger UI, from a package that has its files, so that the page needs no other site and no internet.
 _SWAGGER_UI = Path(str(resources_of("fastapi_standalone_docs"))) / "static" / "swagger"
-_START = """window.ui = SwaggerUIBundle({
+# Swagger UI has a dark form, by a class.
+_START = """const dark = matchMedia("(prefers-color-scheme: dark)");
+const show = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
+dark.addEventListener("change", show);
+show();
+window.ui = SwaggerUIBundle({
   url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null
 });
 """
-# The bar of the console, above Swagger UI. The style of the console itself would change Swagger UI's buttons.
-_BAR = """body { margin: 0; }
-.bar { display: flex; flex-wrap: wrap; gap: .25rem; align-items: center;
-  padding: .55rem max(1.25rem, 50vw - 30rem); border-bottom: 1px solid #dfe3ea;
-  font: 1rem/1.55 system-ui, sans-serif; }
-.bar a { padding: .3rem .65rem; border-radius: 6px; color: #566173; text-decoration: none; }
-.bar a:hover, .bar a[aria-current] { color: #1b2330; background: #eef1f5; }
-.bar .brand { padding-left: 0; margin-right: 1rem; color: #1b2330; font-weight: 650; background: none; }
-"""
+_STYLE = (resources_of("service.api") / "docs.css").read_bytes()
 # All addresses are relative, so the page also works where a proxy puts a path before it.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Chat History Database</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>API · Chat History</title>
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="docs/swagger-ui.css">
 <link rel="stylesheet" href="docs/bar.css">
-<nav class="bar" aria-label="Console"><a class="brand" href="console/">Chat History</a>
-<a href="console/">Conversations</a> <a href="console/state">State</a>
-<a href="docs" aria-current="page">API</a></nav>
+<a class="skip" href="#main">Skip to the content</a>
+<header class="top"><div class="bar"><a class="brand" href="console/">\
+<svg viewBox="0 0 24 24" width="22" height="22" aria-hidden="true"><path fill="currentColor" \
+d="M5 3h14a3 3 0 0 1 3 3v8a3 3 0 0 1-3 3h-7l-5 4.2V17H5a3 3 0 0 1-3-3V6a3 3 0 0 1 3-3Z"/>\
+<path class="lines" d="M7 8h10M7 12h6"/></svg>Chat History</a>
+<nav aria-label="Console"><a href="console/">Conversations</a> <a href="console/state">State</a>
+<a href="docs" aria-current="page">API</a></nav></div></header>
+<main id="main" tabindex="-1">
 <div id="swagger-ui">This page needs JavaScript. <a href="openapi.json">openapi.json</a> says the same.</div>
+</main>
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/start.js"></script>
 </html>
@@ -160,8 +164,8 @@ async def docs_style() -> Response:
 
 @docs_router.get("/docs/bar.css")
 async def docs_bar() -> Response:
-    """Return the style of the links above Swagger UI."""
-    return Response(_BAR, media_type="text/css", headers=_CACHED)
+    """Return the style that makes the page look like those of the console."""
+    return Response(_STYLE, media_type="text/css", headers=_CACHED)
 
 
 @docs_router.get("/docs/swagger-ui-bundle.js")

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 
 from service.access.authentication import Principal
-from service.api import bodies, dependencies
+from service.api import bodies, dependencies, live
 from service.api.dependencies import Chat
-from service.chat_service import ChatService, ContextRequest, ConversationRecord, MessagePage
+from service.chat_service import ChatService, ContextRequest, ConversationRecord, LiveEvent, MessagePage
 from service.console import rendering, showing
 from service.formats.json_answers import dumps, timestamp
 from service.formats.strict_json import Json
@@ -49,12 +49,11 @@ class ConversationQuery(_Query):
     seq: Seq | None = None
 
 
-class NewsQuery(_Query):
-    """The messages of a conversation that a page does not have yet."""
+class EventsQuery(_Query):
+    """What happens to a conversation, for a page that has the messages up to a `seq`."""
 
     id: str
     after: Seq
-    wait: Annotated[int, Field(ge=0, le=60)] = 0
 
 
 class MessageQuery(_Query):
@@ -185,17 +184,30 @@ async def _messages(chat: ChatService, query: ConversationQuery) -> tuple[Messag
     return page, page.has_more, False
 
 
-@router.get("/console/new")
-async def new_messages(
-    request: Request, chat: Chat, query: Annotated[NewsQuery, dependencies.query(NewsQuery)]
+@router.get("/console/events")
+async def events(
+    request: Request, chat: Chat, query: Annotated[EventsQuery, dependencies.query(EventsQuery)]
 ) -> Response:
-    """Return the messages behind a `seq`, for a page that is open, as soon as there are any, or 204."""
+    """Send what happens to a conversation while its page is open, as the API does, with messages as HTML."""
     dependencies.audit(request, "", query.id)
-    page = await chat.wait_for_messages(query.id, seconds=query.wait, limit=_MESSAGES, after=query.after)
-    if not page.messages:
-        return Response(status_code=204)
-    body = await rendering.rendered("messages.html", messages=page.messages, conversation_id=query.id)
-    return HTMLResponse(body, headers=rendering.HEADERS)
+    parts = chat.follow_chat_history(query.id, after=query.after)
+    return await live.stream(request, _as_html(parts, query.id), lambda event: event)
+
+
+async def _as_html(
+    parts: AsyncIterator[list[LiveEvent]], conversation_id: str
+) -> AsyncIterator[list[LiveEvent]]:
+    """Render the messages of each part together, so that calls are paired with their results."""
+    async for part in parts:
+        told = [each for each in part if each.kind in {"message", "updated"}]
+        others = [each for each in part if each.kind not in {"message", "updated"}]
+        if told:
+            messages = [each.data for each in told]
+            html = await rendering.rendered(
+                "messages.html", messages=messages, conversation_id=conversation_id
+            )
+            others.append(LiveEvent(told[-1].kind, {"html": html}, told[-1].position))
+        yield others
 
 
 @router.get("/console/message")

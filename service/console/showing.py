@@ -8,6 +8,7 @@ templates escape every text.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -61,6 +62,8 @@ class ShownMessage:
     created_at: datetime
     bytes: int
     parts: Sequence[Part]
+    # Tells a page whether it has the message as it stands.
+    checksum: str
 
 
 def shown(messages: Sequence[Json]) -> list[ShownMessage]:
@@ -75,8 +78,9 @@ def shown(messages: Sequence[Json]) -> list[ShownMessage]:
             seq=message["seq"],
             role=str(message.get("role")),
             created_at=message["created_at"],
-            bytes=len(orjson.dumps(message, default=str)),
+            bytes=len(stored := orjson.dumps(message, default=str)),
             parts=[replace(part, other_seq=pairs.get(part.kind, {}).get(part.call_id)) for part in parts],
+            checksum=f"{zlib.crc32(stored):08x}",
         )
         for message, parts in read
     ]

@@ -18,11 +18,13 @@ import pytest
 from pymongo import MongoClient, monitoring
 
 from service.access.sessions import SESSION_S, Sessions
+from service.api import meta
 from service.app import create_app
 from service.console import rendering
 from service.settings import Settings
 from tests.harness import Service, append, create, keys, new_id, new_key, running
 from tests.integration.test_flat_cost import Commands
+from tests.live import events, tail
 from tests.tokens import AUDIENCE, ISSUER, Issuer
 
 OWN = "k" * 20
@@ -66,6 +68,19 @@ def sign_in(http: httpx.Client, credential: str, wanted: str = "") -> httpx.Resp
     page = http.get("/console/sign-in")
     fields = {"token": token_of(page), "credential": credential, "next": wanted}
     return http.post("/console/sign-in", data=fields)
+
+
+def look(http: httpx.Client, path: str) -> tuple[int, str]:
+    """Open a page, or a stream of events up to its head; return the status and what came."""
+    with http.stream("GET", f"/console/{path}") as answer:
+        if not answer.headers["content-type"].startswith("text/event-stream"):
+            return answer.status_code, answer.read().decode()
+        told = list[str]()
+        for each in events(answer):
+            told.append(json.dumps(each, ensure_ascii=False))
+            if each["event"] == "head":
+                break
+        return answer.status_code, "\n".join(told)
 
 
 def send(http: httpx.Client, path: str, **fields: str) -> httpx.Response:
@@ -115,6 +130,7 @@ def test_the_files_of_the_console_are_small() -> None:
     files = [
         *Path(rendering.__file__).parent.glob("static/*"),
         *Path(rendering.__file__).parent.glob("templates/*"),
+        Path(meta.__file__).parent / "docs.css",
     ]
     assert len(files) > 10
     assert sum(each.stat().st_size for each in files) <= BYTES_MAX
@@ -133,7 +149,7 @@ def test_nothing_inline_is_in_a_page(service: Service, conversation: str) -> Non
 
 
 def test_without_a_session_every_page_leads_to_the_sign_in_and_back(person: httpx.Client) -> None:
-    for path in ("", "conversation?id=a%2Fb", "state", "new?id=a&after=0", "download?id=a&form=json"):
+    for path in ("", "conversation?id=a%2Fb", "state", "events?id=a&after=0", "download?id=a&form=json"):
         led = person.get(f"/console/{path}")
         assert led.status_code == 303, path
         address = httpx.URL(led.headers["location"])
@@ -400,7 +416,7 @@ def test_a_key_that_only_writes_sees_nothing(closed: Service) -> None:
             "?user=ada",
             f"conversation?id={conversation}",
             "state",
-            f"new?id={conversation}&after=0",
+            f"events?id={conversation}&after=0",
         ):
             assert http.get(f"/console/{path}").status_code == 403, path
 
@@ -425,13 +441,13 @@ def test_tenants_and_owners_hold_in_the_console(closed: Service, issuer: Issuer)
             one = f"id={conversation}"
             for path in (
                 f"conversation?{one}",
-                f"new?{one}&after=0",
+                f"events?{one}&after=0",
                 f"message?{one}&message=m",
                 f"download?{one}&form=ndjson",
             ):
-                answer = http.get(f"/console/{path}")
-                assert (answer.status_code == 200) is sees, (caller, path)
-                assert ("tidings" in answer.text) is sees, (caller, path)
+                status, text = look(http, path)
+                assert (status == 200) is sees, (caller, path)
+                assert ("tidings" in text) is sees, (caller, path)
 
 
 def test_counts_of_all_data_are_only_for_who_may_see_all_data(closed: Service, issuer: Issuer) -> None:
@@ -457,13 +473,13 @@ def test_every_look_is_an_entry_of_the_audit_trail(closed: Service) -> None:
         looks = {
             "/console/": "?user=eve",
             "/console/conversation": f"?id={conversation}",
-            "/console/new": f"?id={conversation}&after=0",
+            "/console/events": f"?id={conversation}&after=0",
             "/console/message": f"?id={conversation}&message=m",
             "/console/download": f"?id={conversation}&form=json",
             "/console/delete": f"?id={conversation}",
         }
         for path, query in looks.items():
-            assert http.get(path + query).status_code == 200
+            assert look(http, path.removeprefix("/console/") + query)[0] == 200
         send(http, f"/console/delete?id={conversation}", user="eve")
     time.sleep(2)
     with MongoClient[dict[str, Any]](closed.database_url) as operator:
@@ -501,12 +517,46 @@ def test_pages_of_messages_follow_each_other_without_a_gap(service: Service) -> 
         assert re.search(r'href="[^"]*seq=60#m60"', linked)
 
 
-def test_news_are_the_messages_behind_a_seq(service: Service, conversation: str) -> None:
-    with service.client() as http:
-        append(http, conversation, {"role": "user", "content": "one"}, {"role": "user", "content": "two"})
-        news = http.get(f"/console/new?id={conversation}&after=1")
-        assert ("one" in news.text, "two" in news.text, "<html" in news.text) == (False, True, False)
-        assert http.get(f"/console/new?id={conversation}&after=2").status_code == 204
+def test_the_events_of_a_page_are_those_behind_its_seq_with_messages_as_html(
+    service: Service, conversation: str
+) -> None:
+    with service.client() as http, service.client() as other:
+        append(http, conversation, {"role": "user", "content": "one"}, {"role": "user", "content": "two <b>"})
+        with tail(other, f"/console/events?id={conversation}&after=1") as told:
+            new = next(told)
+            assert (new["event"], new["id"]) == ("message", "2")
+            html = new["data"]["html"]
+            assert ("one" in html, "two &lt;b&gt;" in html, "<html" in html) == (False, True, False)
+            assert next(told)["event"] == "head"
+            (first, second) = message_ids(http, conversation)
+            path = f"/conversations/{conversation}/messages"
+            http.put(f"{path}/{first}", json={"role": "user", "content": "uno"}).raise_for_status()
+            changed = next(told)
+            assert (changed["event"], "uno" in changed["data"]["html"]) == ("updated", True)
+            http.delete(f"{path}/{second}").raise_for_status()
+            assert [each for each in (next(told), next(told)) if each["event"] == "deleted"]
+            http.delete(f"/conversations/{conversation}").raise_for_status()
+            assert "gone" in [each["event"] for each in told]
+
+
+def message_ids(http: httpx.Client, conversation: str) -> list[str]:
+    return [each["id"] for each in http.get(f"/conversations/{conversation}/messages").json()["data"]]
+
+
+@pytest.mark.parametrize("ending", ["the key", "the token"])
+def test_the_events_of_a_page_end_with_its_session(
+    closed: Service, issuer: Issuer, person: httpx.Client, ending: str
+) -> None:
+    key = new_key(closed, "read", "write", tenant="acme")
+    with closed.client(headers={"X-API-Key": key}) as owner:
+        conversation = create(owner)
+        credential = key if ending == "the key" else issuer.token("ada", exp=int(time.time()) + 3)
+        sign_in(person, credential)
+        with tail(person, f"/console/events?id={conversation}&after=0") as told:
+            assert next(told)["event"] == "head"
+            if ending == "the key":
+                keys(closed, "revoke", key.split("_")[1])
+            assert list(told) == []
 
 
 def test_the_context_for_a_budget_is_shown_with_its_checkpoints(service: Service, conversation: str) -> None:

@@ -162,6 +162,8 @@ class AuthenticationMiddleware:
         credential = _credential(headers)
         if credential is None:
             if scope["path"].startswith(CONSOLE) and (of_session := await _of_session(scope, headers)):
+                again = functools.partial(_still_of_session, scope, headers)
+                scope["state"]["authenticate_again"] = again
                 return of_session
             # Not counted as a failure, because no credential was tried.
             raise Unauthenticated(
@@ -246,6 +248,14 @@ async def _of_session(scope: Scope, headers: Headers) -> Principal | None:
     sessions = await process.sessions()
     caller = sessions.caller(cookies.get(sessions.cookie_name(secure=scope["scheme"] == "https")))
     return None if caller is None else await process.authenticator.of_session(caller, sessions)
+
+
+async def _still_of_session(scope: Scope, headers: Headers) -> Principal:
+    """Return the principal of the cookie, as long as its session lasts. Raises Unauthenticated."""
+    principal = await _of_session(scope, headers)
+    if principal is None:
+        raise Unauthenticated("The session of the console is over.")
+    return principal
 
 
 ADDRESSES_MOST = 100_000

@@ -1,27 +1,47 @@
-// What the console does beside reading: new messages and conversations appear, pictures are shown after a
-// click, and earlier messages are loaded by scrolling. Pages are complete without it.
+// What the console does beside reading: pages show what happens to conversations and messages, pictures are
+// shown after a click, and earlier messages are loaded by scrolling. Pages are complete without it.
 "use strict";
 
 const EVERY_MS = 2000;
-// After an answer that was waited for, the next question follows at once.
-const SOON_MS = 50;
 const REST_MS = 500;
 const AGAIN_MS = 10000;
 const AWAY = "No answer from the service. Trying again.";
+const OVER = "The session is over. Load the page again to sign in.";
+const DELETED = "The conversation was deleted";
 const one = (selector, within = document) => within.querySelector(selector);
 const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
 // Returns the nodes of a page or of a part of one. The service has escaped every text in it, and the policy of
 // the page runs nothing that stands in it.
 async function load(address, signal) {
-  const answer = await fetch(address, { signal, redirect: "manual", headers: { Accept: "text/html" } });
-  if (answer.type === "opaqueredirect" || answer.status === 401) throw new Ended();
-  if (answer.status === 204) return null;
-  if (!answer.ok) throw new Error(String(answer.status));
-  return new DOMParser().parseFromString(await answer.text(), "text/html");
+  return parsed(await (await ask(address, signal)).text());
 }
 
+const parsed = (text) => new DOMParser().parseFromString(text, "text/html");
+
+async function ask(address, signal) {
+  const answer = await fetch(address, { signal, redirect: "manual", headers: { Accept: "text/html" } });
+  if (answer.type === "opaqueredirect" || answer.status === 401) throw new Ended(OVER);
+  if (answer.status === 404) throw new Ended(DELETED);
+  if (!answer.ok) throw new Error(String(answer.status));
+  return answer;
+}
+
+// There is nothing to look for any more. The message says why.
 class Ended extends Error {}
+
+// Yields the server-sent events of a stream, those that arrive together as one list.
+async function* eventsOf(address, signal) {
+  const reader = (await ask(address, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = ""; ;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const blocks = (text + value).split("\n\n");
+    text = blocks.pop();
+    const fields = blocks.map((block) => Object.fromEntries(block.split("\n").map((line) => line.split(/: (.*)/))));
+    yield fields.map(({ id, event, data }) => ({ id, event, data: JSON.parse(data) }));
+  }
+}
 
 function prepare(within) {
   for (const button of all("[data-picture], [data-copy]", within)) button.hidden = false;
@@ -50,8 +70,8 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-// Looks for news while the page is visible and not paused. `look` returns what to tell, or nothing, and is
-// interrupted by its signal, so that nothing changes on a page that is paused.
+// Looks for news while the page is visible and not paused. `look` gives what is to be told to its second
+// parameter, and is interrupted by its signal, so that nothing changes on a page that is paused.
 function follow(look) {
   const box = one("[data-live]");
   if (!box) return;
@@ -62,20 +82,23 @@ function follow(look) {
   const say = (text) => { if (state.textContent !== text) state.textContent = text; };
   const show = () => { box.classList.toggle("on", !paused); say(paused ? "Paused" : "Live"); };
   const later = (ms) => setTimeout(step, ms);
+  const tell = (text) => {
+    box.classList.add("on");
+    // A new text node is announced even if it says the same as before.
+    if (text) state.replaceChildren(text);
+    else if (state.textContent === AWAY) say("Live");
+  };
   async function step() {
     if (rests()) return later(REST_MS);
     asking = new AbortController();
     try {
-      const told = await look(asking.signal);
-      box.classList.add("on");
-      if (told) say(told);
-      else if (state.textContent === AWAY) say("Live");
+      await look(asking.signal, tell);
     } catch (error) {
       if (rests()) return later(REST_MS);
       box.classList.remove("on");
       if (error instanceof Ended) {
         button.hidden = true;
-        return say("The session is over. Load the page again to sign in.");
+        return say(error.message);
       }
       say(AWAY);
       return later(AGAIN_MS);
@@ -97,6 +120,18 @@ function follow(look) {
 
 const atEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 120;
 
+// Takes an element out. If it has the focus, that goes to the element in its place, because it would be lost.
+function remove(element, instead) {
+  const held = element.contains(document.activeElement);
+  element.remove();
+  if (held) hold(instead);
+}
+
+function hold(element) {
+  if (!element.matches("a, button, summary")) element.tabIndex = -1;
+  element.focus({ preventScroll: true });
+}
+
 function followConversation(talk) {
   const list = one("[data-messages]", talk);
   const earlier = one("[data-earlier]", talk);
@@ -104,22 +139,91 @@ function followConversation(talk) {
   if (!("newest" in talk.dataset)) { one("[data-live]").hidden = true; return; }
   let last = Number(talk.dataset.last);
   if (!location.hash && !("linked" in talk.dataset)) scrollTo(0, document.documentElement.scrollHeight);
-  one("[data-live]").dataset.every = SOON_MS;
-  follow(async (signal) => {
-    const found = await load(`new?id=${talk.dataset.id}&after=${last}&wait=10`, signal);
-    const messages = found ? all(".message", found) : [];
-    if (!messages.length) return "";
-    const stay = atEnd();
-    for (const each of messages) {
-      prepare(each);
-      each.classList.add("new");
-      list.append(each);
-      last = Math.max(last, Number(each.dataset.seq));
+  const seq = (message) => Number(message.dataset.seq);
+  // Each returns the `seq` of the messages that it changed, which may be none: the page may know already.
+  const put = (html) => all(".message", parsed(html)).filter((each) => place(list, each, earlier?.isConnected)).map(seq);
+  const drop = ({ after, upto }) => all(".message", list)
+    .filter((each) => seq(each) > after && seq(each) <= upto)
+    .map((each) => { remove(each, each.nextElementSibling ?? each.previousElementSibling ?? talk); return seq(each); });
+  const clear = () => {
+    drop({ after: -1, upto: Infinity });
+    earlier?.parentElement?.remove();
+    explain(talk, `${DELETED}.`);
+  };
+  const words = { message: ["is new", "are new"], updated: ["was changed", "were changed"], deleted: ["was deleted", "were deleted"] };
+  follow(async (signal, tell) => {
+    try {
+      for await (const events of eventsOf(`events?id=${talk.dataset.id}&after=${last}`, signal)) {
+        const [stay, told] = [atEnd(), { deleted: [], updated: [], message: [] }];
+        for (const { id, event, data } of events) {
+          if (id) last = Number(id);
+          if (event === "gone") throw new Ended(DELETED);
+          if (event in told) told[event].push(...(event === "deleted" ? drop(data) : put(data.html)));
+        }
+        pair(list);
+        explain(talk, list.children.length ? "" : `This conversation has no messages${earlier?.isConnected ? " here" : ""}.`);
+        if (stay && told.message.length) scrollTo(0, document.documentElement.scrollHeight);
+        tell(Object.entries(told).filter(([, seqs]) => seqs.length).map(([event, seqs]) => (
+          seqs.length === 1 ? `Message ${seqs[0]} ${words[event][0]}` : `${seqs.length} messages ${words[event][1]}`
+        )).join(", "));
+      }
+    } catch (error) {
+      if (error.message === DELETED) clear();
+      throw error;
     }
-    one("[data-none]", talk)?.remove();
-    if (stay) scrollTo(0, document.documentElement.scrollHeight);
-    return messages.length === 1 ? `Message ${last} is new` : `${messages.length} messages are new`;
   });
+}
+
+// Says in the place of the messages why there are none, or removes the paragraph that did.
+function explain(talk, text) {
+  let told = one("[data-none]", talk);
+  if (!text) return told?.remove();
+  if (!told) {
+    told = document.createElement("p");
+    told.className = "empty";
+    told.dataset.none = "";
+    one("[data-messages]", talk).after(told);
+  }
+  if (told.textContent !== text) told.textContent = text;
+}
+
+// Puts a message in its place, or in the place of its older form. Returns whether this changed the page.
+function place(list, message, hasEarlier) {
+  const old = document.getElementById(message.id);
+  if (old?.dataset.sum === message.dataset.sum) return false;
+  const shown = all(".message", list);
+  const after = (each) => Number(each.dataset.seq) > Number(message.dataset.seq);
+  // It stands among the earlier messages, which the page has not loaded.
+  if (!old && hasEarlier && shown.length && after(shown[0])) return false;
+  prepare(message);
+  message.classList.add("new");
+  if (!old) {
+    list.insertBefore(message, shown.find(after) ?? null);
+    return true;
+  }
+  const opened = all("details", old).map((each) => each.open);
+  all("details", message).forEach((each, index) => { each.open = opened[index] ?? false; });
+  const focused = all("a, button, summary, pre", old).indexOf(document.activeElement);
+  list.insertBefore(message, old);
+  remove(old, all("a, button, summary, pre", message)[focused] ?? message);
+  return true;
+}
+
+// Says of each call and each result on the page where its other half is.
+function pair(list) {
+  const of = (kind) => all(`.part.${kind}[data-call]`, list);
+  const seqs = (parts) => new Map(parts.map((part) => [part.dataset.call, part.closest(".message").dataset.seq]));
+  const tell = (parts, others, found, missing) => parts.forEach((part) => {
+    const other = others.get(part.dataset.call);
+    const [tag, link] = [one("summary .tag", part), one(".id a", part)];
+    tag.textContent = other ? found + other : missing;
+    if (missing) tag.className = other ? "tag ok" : "tag open";
+    link.hidden = !other;
+    link.href = `#m${other}`;
+    link.textContent = `go to #${other}`;
+  });
+  tell(of("call"), seqs(of("result")), "result in #", "no result on this page");
+  tell(of("result"), seqs(of("call")), "of the call in #", "");
 }
 
 // Loads earlier messages when their link comes into view, and keeps what the reader sees in its place.
@@ -134,6 +238,7 @@ function scrollUp(talk, list, link) {
       const messages = all(".message", found);
       for (const each of messages) prepare(each);
       list.prepend(...messages);
+      pair(list);
       const next = one("[data-earlier]", found);
       if (next) link.href = next.href;
       else link.parentElement.remove();
@@ -151,20 +256,71 @@ function scrollUp(talk, list, link) {
 }
 
 function followList() {
-  follow(async (signal) => {
+  follow(async (signal, tell) => {
     const found = await load(location.href, signal);
-    const [now, then] = [one("table.list", found), one("table.list")];
-    if (!now || !then) {
-      if (now) location.reload();
-      return "";
+    // Each is the body of the table, or says that there is no conversation.
+    const [now, then] = [one("[data-rows]", found), one("[data-rows]")];
+    const rows = all("tr[data-id]", now);
+    if (rows.length && then.matches("tbody")) tell(mergeRows(rows, then, one("[rel=next]", found)));
+    else {
+      const [fresh, gone] = [rows.length, all("tr[data-id]", then).length];
+      if (fresh || gone) {
+        prepare(now);
+        const box = then.closest("table") ?? then;
+        box.before(now.closest("table") ?? now);
+        remove(box, one("#main"));
+      }
+      tell(changes(fresh, 0, gone));
     }
-    const known = new Set(all("tr[data-id]", then).map((row) => row.dataset.id));
-    const fresh = all("tr[data-id]", now).filter((row) => !known.has(row.dataset.id));
-    for (const row of fresh) row.classList.add("new");
-    if (!then.contains(document.activeElement)) one("tbody", then).replaceWith(one("tbody", now));
     filterRows();
-    return fresh.length ? (fresh.length === 1 ? "1 conversation is new" : `${fresh.length} conversations are new`) : "";
   });
+}
+
+// Makes the rows of the list those that were read. A row with the focus stays where it is in the document, and
+// the others move around it, because an element that is moved loses the focus. Returns what to tell.
+function mergeRows(rows, body, hasMore) {
+  const known = new Map(all("tr[data-id]", body).map((row) => [row.dataset.id, row]));
+  const title = (row) => one(".titled a", row);
+  const time = (row) => one("time", row).dateTime;
+  let [fresh, renamed, gone] = [0, 0, 0];
+  const wanted = rows.map((row) => {
+    const old = known.get(row.dataset.id);
+    known.delete(row.dataset.id);
+    if (!old) {
+      fresh += 1;
+      row.classList.add("new");
+      return row;
+    }
+    if (title(old).textContent !== title(row).textContent) {
+      renamed += 1;
+      title(old).textContent = title(row).textContent;
+    }
+    [...row.cells].forEach((cell, index) => {
+      if (index > 1 && old.cells[index].innerHTML !== cell.innerHTML) old.cells[index].replaceChildren(...cell.childNodes);
+    });
+    return old;
+  });
+  for (const old of known.values()) {
+    // A row that is older than the page reaches has moved to the next page.
+    if (!hasMore || time(old) > time(wanted.at(-1))) gone += 1;
+    const next = old.nextElementSibling ?? old.previousElementSibling;
+    remove(old, next ? title(next) : one("#main"));
+  }
+  const held = wanted.findIndex((row) => row.contains(document.activeElement));
+  if (wanted.some((row, index) => body.rows[index] !== row)) {
+    wanted.forEach((row, index) => {
+      if (index < held) wanted[held].before(row);
+      else if (index > held) body.append(row);
+    });
+  }
+  return changes(fresh, renamed, gone);
+}
+
+function changes(fresh, renamed, gone) {
+  const told = [[fresh, "is new", "are new"], [renamed, "was renamed", "were renamed"], [gone, "is gone", "are gone"]];
+  return told.filter(([number]) => number).map(([number, one, many]) => (
+    number === 1 ? `1 conversation ${one}` : `${number} conversations ${many}`
+  )).join(", ");
 }
 
 function filterRows() {
