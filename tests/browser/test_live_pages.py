@@ -175,3 +175,35 @@ def test_a_conversation_that_is_only_on_the_next_page_now_is_not_told_as_gone(
         expect(page.locator("tbody .titled a").first).to_have_text("newest", timeout=SOON_MS)
         expect_told(page, "1 conversation is new")
         expect(page.locator("tbody tr")).to_have_count(30)
+
+
+def test_the_link_behind_an_open_list_appears_with_the_conversation_that_is_one_too_many(
+    browser: Browser, fresh: Service
+) -> None:
+    with fresh.client() as http, window(browser) as page:
+        user = new_id("u")
+        oldest = titled(http, user, "the oldest")
+        for number in range(29):
+            titled(http, user, f"{number}")
+        page.goto(f"{fresh.url}/console/?user={user}")
+        older = page.get_by_role("link", name="Older conversations")
+        expect(page.locator("tr[data-id]")).to_have_count(30)
+        expect(older).to_have_count(0)
+        titled(http, user, "one too many")
+        expect(older).to_have_count(1, timeout=SOON_MS)
+        older.click()
+        expect(page.locator("tr[data-id]")).to_have_count(1)
+        expect(page.locator("tr[data-id] .id")).to_have_text(oldest)
+
+
+def test_a_text_is_written_in_its_own_direction(browser: Browser, fresh: Service) -> None:
+    with fresh.client() as http, window(browser) as page:
+        conversation = create(http)
+        append(http, conversation, said("שלום, 2 כוסות 😀"), said("hello"))
+        http.patch(f"/conversations/{conversation}", json={"title": "שלום"}).raise_for_status()
+        open_page(page, fresh, f"/conversations/{conversation}")
+        hebrew, english = page.get_by_text("כוסות"), page.get_by_text("hello")
+        title = page.get_by_role("heading", level=1)
+        of = [each.evaluate("each => getComputedStyle(each).direction") for each in (hebrew, english, title)]
+        assert of == ["rtl", "ltr", "rtl"]
+        assert "😀" in (hebrew.text_content() or "")

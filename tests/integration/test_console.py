@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -462,6 +464,21 @@ def test_counts_of_all_data_are_only_for_who_may_see_all_data(closed: Service, i
             page = http.get("/console/state")
             assert "Ready: the database answers" in page.text
             assert ("<dt>On disk</dt>" in page.text) is sees
+
+
+def test_the_state_page_tells_what_runs_and_how_to_look_further(closed: Service) -> None:
+    with closed.client(headers=HTML) as http:
+        sign_in(http, OWN)
+        page = http.get("/console/state").text
+    shown = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))
+    assert re.match("(SecantusDB|MongoDB) [0-9]", shown["Database"])
+    assert shown["Service"] == version("chat-history-database")
+    assert shown["Conversations"].replace(",", "").isdecimal()
+    assert shown["Messages"].replace(",", "").isdecimal()
+    assert shown["Indexes"] == "complete"
+    assert shown["Last sweep"] == "not by this process" or "<time" in shown["Last sweep"]
+    assert {"On disk", "Retention", "Audit trail"} <= set(shown)
+    assert 'mongosh "$(chat-history mongo-url)"' in html.unescape(page)
 
 
 def test_every_look_is_an_entry_of_the_audit_trail(closed: Service) -> None:

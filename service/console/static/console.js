@@ -39,7 +39,8 @@ async function* eventsOf(address, signal) {
     const blocks = (text + value).split("\n\n");
     text = blocks.pop();
     const fields = blocks.map((block) => Object.fromEntries(block.split("\n").map((line) => line.split(/: (.*)/))));
-    yield fields.map(({ id, event, data }) => ({ id, event, data: JSON.parse(data) }));
+    // A block without data, such as a comment by itself, is no event.
+    yield fields.filter(({ data }) => data).map(({ id, event, data }) => ({ id, event, data: JSON.parse(data) }));
   }
 }
 
@@ -271,6 +272,11 @@ function followList() {
         remove(box, one("#main"));
       }
       tell(changes(fresh, 0, gone));
+    }
+    // What follows behind the page has changed, too, so its link leads on from another place.
+    const [after, before] = [one(".after", found), one(".after")];
+    if (after && before && after.innerHTML !== before.innerHTML && !before.contains(document.activeElement)) {
+      before.replaceChildren(...after.childNodes);
     }
     filterRows();
   });
