@@ -39,10 +39,9 @@ _WINDOW = timedelta(seconds=1)
 _WINDOW_GROWTH = 8
 # How many conversations a walk over a whole tenant reads at once.
 _WALK_ITEMS = 1_000
-# One query reads a list that is at most so many times as long as its page. Of so many users the length of the
-# list is remembered, by a hash of the user's key.
-_SHORT_TIMES, _FAR = 4, 2**63
+# Of so many users the length of a short list is remembered, by a hash of the user's key.
 _LENGTHS_MOST = 10_000
+_FAR = 2**63
 _FOREVER = datetime(9999, 1, 1, tzinfo=UTC)
 # The time that orders the list. It is `updated_at` while conversations of an earlier version may be without
 # the other one. It is never before `active_at`, so a cursor that stands at such a time skips nothing later.
@@ -168,19 +167,23 @@ def _order(store: ConversationStore) -> Order:
 
 
 def _remember_length(store: ConversationStore, owner: OwnerKey, found: int, *, all_of_it: bool) -> None:
-    """Remember how many conversations a user has, if a page had all of them, and forget what was too few."""
+    """Remember how many conversations a user has, if a page had all of them, else forget it.
+
+    One query is asked only for a page that is at least as long as the list was. So if there is more, the list
+    has grown, and the next page reads in windows again, however long it has become.
+    """
     lengths, user = store.list_lengths, hash(owner)
     if all_of_it:
         if len(lengths) >= _LENGTHS_MOST:
             lengths.clear()
         lengths[user] = found
-    elif found > lengths.get(user, _FAR):
-        del lengths[user]
+    else:
+        lengths.pop(user, None)
 
 
 def _in_windows(store: ConversationStore, owner: OwnerKey, after: ListPosition | None, limit: int) -> bool:
     """Tell whether to read in windows of time: where a limit saves no reading, and the list may be long."""
-    is_short = after is None and store.list_lengths.get(hash(owner), _FAR) <= _SHORT_TIMES * limit
+    is_short = after is None and store.list_lengths.get(hash(owner), _FAR) <= limit
     return store.database.limit_reads_whole_match and not is_short
 
 
