@@ -21,7 +21,7 @@ from service.tenancy import OwnerKey, TenantScope
 from service.user_data import UserData
 from tests.harness import Service, new_id, running
 
-ROUNDS, TALKS = 60, 4
+ROUNDS, TALKS = 30, 4
 
 
 @pytest.fixture(scope="module")
