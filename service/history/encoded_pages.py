@@ -11,6 +11,7 @@ from service.history.kept_pages import Kept
 from service.history.records import ConversationState, EncodedMessage
 from service.history.seq_range import SeqRange
 from service.history.store import ConversationStore
+from service.tenancy import ConversationRef
 
 # The most messages that the first query of a page asks the embedded engine for, because that engine puts its
 # whole answer together before it sends any of it, and the page may be cut by its size long before.
@@ -45,14 +46,38 @@ async def read(
     `generation` is that of `KeptPages` before the state of the conversation was read.
     """
     # A role picks messages out of a history, of which nothing is kept then.
-    pages = store.kept_pages if part.role is None else None
-    kept = pages.find(of) if pages else None
+    if part.role is not None:
+        return (await _read(store, of, part, count, backwards, kept=None))[:2]
+    before = store.kept_pages.find(of)
+    found, cut, kept, asked = await _read(store, of, part, count, backwards, kept=before)
+    if before is not None and asked:
+        # Some of it was kept, and some was read since. If a message was deleted or replaced in between, the
+        # two are of different histories.
+        now = await store.state(ConversationRef(of.key, of.owner))
+        if now.rewrites != of.rewrites:
+            return (await _read(store, of, part, count, backwards, kept=None))[:2]
+    store.kept_pages.keep(of, kept, generation)
+    return found, cut
+
+
+async def _read(
+    store: ConversationStore,
+    of: ConversationState,
+    part: SeqRange,
+    count: int,
+    backwards: bool,
+    *,
+    kept: Kept | None,
+) -> tuple[list[EncodedMessage], bool, Kept | None, bool]:
+    """Read messages, and return with them what is kept then, and whether the database was asked for any."""
+    asked = False
     budget, found, chunk = Budget(store.settings.page_bytes_max), list[EncodedMessage](), list[bytes]()
     while len(found) < count and part.low < part.high and not budget.spent:
         if kept is not None and _begins_in(kept, part, backwards):
             _take(found, kept, part, count, backwards=backwards, budget=budget)
             part = part.clip(part.low, kept.low) if backwards else part.clip(kept.high, part.high)
             continue
+        asked = True
         gap = _before_kept(kept, part, backwards)
         wanted = next_chunk(store, count - len(found), chunk)
         chunk = await seq_range.read(store, gap, wanted, backwards=backwards, budget=budget)
@@ -61,13 +86,11 @@ async def read(
         ended = len(chunk) < wanted and not budget.spent
         if encoded:
             kept = _with(kept, of.rewrites, gap, encoded, backwards=backwards, ended=ended)
-        if not ended:
-            part = part.rest_after(found[-1].seq, backwards)
-        else:
+        if ended:
             part = part.clip(part.low, gap.low) if backwards else part.clip(gap.high, part.high)
-    if pages and kept is not None:
-        pages.keep(of, kept, generation)
-    return found, budget.spent
+        elif encoded:
+            part = part.rest_after(encoded[-1].seq, backwards)
+    return found, budget.spent, kept, asked
 
 
 def _begins_in(kept: Kept, part: SeqRange, backwards: bool) -> bool:

@@ -117,7 +117,7 @@ async def test_an_append_and_its_retry_are_stored_once(shards: tuple[int, int], 
     with cluster(shards, keys) as router:
         async with process(router) as chat:
             order = [message("pay 100"), message("b")]
-            for conversation in [new_id() for _ in range(8)]:
+            for conversation in [new_id() for _ in range(16)]:
                 await chat.get_or_create_conversation("ada", conversation)
                 first = await chat.add_messages(conversation, order, idempotency_key="order-1")
                 await chat.add_messages(conversation, [message(n) for n in range(5)])

@@ -29,7 +29,7 @@ async def proxy(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     """A MongoDB in which one conversation has a message, and the index by role is missing."""
     monkeypatch.setattr("service.database.indexes._PAUSE_S", 0.1)
     monkeypatch.setattr("service.database.indexes._FIRST_ATTEMPT_S", 0.3)
-    monkeypatch.setattr("service.database.database._RECONNECT_S", 0.1)
+    monkeypatch.setattr("service.database.opening._RECONNECT_S", 0.1)
     with mongo_proxied(service.database_url, new_id("indexes")) as started:
         database, chat = await opened(started, "require")
         await chat.get_or_create_conversation("ada", "c")

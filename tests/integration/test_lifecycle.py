@@ -133,6 +133,10 @@ def test_an_erasure_that_nobody_repeats_is_finished_by_the_service(tmp_path: Pat
             while conversations_of(client, "ada") and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert conversations_of(client, "ada") == []
+        for _ in range(100):  # the line is written when the erasure has ended
+            if "erasures_finished" in service.output():
+                break
+            time.sleep(0.1)
         assert "erasures_finished" in service.output()
 
 

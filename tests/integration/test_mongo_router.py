@@ -68,7 +68,8 @@ def test_documents_are_spread_over_both_shards_by_the_shard_key(router: MongoRou
     assert [router.shard(each).others.count_documents({}) for each in (0, 1)] == [10, 0]
     for n in range(50):
         assert there.messages.find_one({"conversation_id": f"c{n}"})["n"] == n
-        assert len(router.seen[-1].shards) == 1
+        # The driver asks `hello` by itself now and then.
+        assert len([each for each in router.seen if each.name == "find"][-1].shards) == 1
 
 
 def test_what_names_no_shard_key_is_asked_of_all_shards_and_merged(router: MongoRouter, there: Any) -> None:

@@ -25,7 +25,7 @@ def mongo(service: Service) -> Any:
 
 @pytest.fixture
 async def proxy(mongo: MongoProxy, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[MongoProxy]:
-    monkeypatch.setattr("service.database.database._RECONNECT_S", 0.1)
+    monkeypatch.setattr("service.database.opening._RECONNECT_S", 0.1)
     mongo.forget()
     yield mongo
     mongo.forget()

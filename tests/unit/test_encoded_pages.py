@@ -124,10 +124,10 @@ async def test_only_what_was_appended_is_read_again(embedded: bool) -> None:
     history.append(2)
     assert len(await pages_of(history, last=20)) == 20
     assert history.database.reads[2][0]["seq"] == {"$gt": 100, "$lte": 102}
-    assert len(history.database.reads) == 3
+    assert len(history.database.reads) == 4  # with a second look whether anything was deleted meanwhile
     history.replace()
     await pages_of(history, last=20)
-    assert history.database.reads[4][1] >= 20  # all of the page
+    assert history.database.reads[5][1] >= 20  # all of the page
     await history.store.close()
 
 
@@ -140,6 +140,28 @@ async def test_a_message_that_was_not_to_be_seen_yet_is_read_later(order: str) -
     assert len(await pages_of(history, order=order)) == 4
     history.database.documents.append(newest)
     assert len(await pages_of(history, order=order)) == 5
+    await history.store.close()
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_no_page_is_of_two_histories(order: str) -> None:
+    """The end of the history is cut off after the conversation was read, and before the new messages are."""
+    history = History(random.Random(1), embedded=False)
+    history.append(8)
+    await pages_of(history, order=order)
+    history.append(4)
+    read, cut = history.database.read, False
+
+    async def cut_before(document: Any, query: Any, **options: Any) -> list[bytes]:
+        nonlocal cut
+        if "seq" in query and not cut:
+            cut = True
+            history.database.documents = history.database.documents[:4]
+            history.head["rewrites"] += 1
+        return await read(document, query, **options)
+
+    history.database.read = cut_before  # type: ignore[method-assign]
+    assert len(await pages_of(history, order=order)) == 3
     await history.store.close()
 
 
