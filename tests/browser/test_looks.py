@@ -119,8 +119,7 @@ def test_every_page_is_accessible_and_fits(
             shoot(page, f"{name}-{scheme}-{width}")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize(("scheme", "width"), [("light", WIDE), ("dark", NARROW)])
 def test_the_receipt_of_an_erasure_is_accessible_and_fits(
     browser: Browser, shown: Service, scheme: Scheme, width: int
 ) -> None:
@@ -137,8 +136,7 @@ def test_the_receipt_of_an_erasure_is_accessible_and_fits(
         shoot(page, f"erasure-{scheme}-{width}")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize(("scheme", "width"), [("light", WIDE), ("dark", NARROW)])
 def test_the_description_of_the_api_is_accessible_fits_and_looks_like_the_console(
     browser: Browser, shown: Service, scheme: Scheme, width: int
 ) -> None:
