@@ -96,9 +96,10 @@ def operations_of(sizes: Sizes, contestant: Contestant) -> list[Operation]:
     at = dict(zip(goals.LENGTHS, (sizes.short, sizes.long), strict=True))
 
     def first_page(connection: Connection, _: int, number: int) -> None:
-        # Pages of one history that were never asked before; the plain design remembers none, so any will do.
-        query = f"&after={number}" if contestant.name == "service" else ""
-        page(connection, f"long-{sizes.long}", query)
+        # One page behind the other, of a history of which a process keeps less than the whole; the plain design
+        # remembers none, so any page will do.
+        after = number * 1_000 % max(1, sizes.long - 1_000)
+        page(connection, f"long-{sizes.long}", f"&after={after}" if contestant.name == "service" else "")
 
     reads = []
     for shown, length in at.items():
