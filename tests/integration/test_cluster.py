@@ -126,7 +126,7 @@ async def test_an_append_and_its_retry_are_stored_once(shards: tuple[int, int], 
                 assert await seqs(chat, conversation) == [*range(1, 8)]
         counts = [router.shard(each).messages.count_documents({}) for each in (0, 1)]
         assert min(counts) >= 7
-        assert sum(counts) == 56
+        assert sum(counts) == 112
 
 
 async def test_a_conversation_that_is_split_stores_a_retry_twice_so_the_start_refuses_its_shard_key(
