@@ -30,6 +30,8 @@ COMMENT_S = 15.0
 # One line, without the empty line behind it, because some clients take that for an event.
 _COMMENT = b":\n"
 _RETRY = b"retry: 1000\n"
+# The line ends of Unicode that are none of the standard, and their escapes in JSON.
+_OTHER_LINE_ENDS = [(chr(each).encode(), b"\\u%04x" % each) for each in (0x85, 0x2028, 0x2029)]
 _SEQ = re.compile(r"[0-9]{1,19}\Z", re.ASCII)
 _SEQ_MAX = 2**63 - 1
 LAST_EVENT_ID_PARAMETER = {
@@ -176,9 +178,6 @@ def _encoded(event: LiveEvent, show: Callable[[Json], Json]) -> bytes:
     for line_end, escaped in _OTHER_LINE_ENDS:
         text = text.replace(line_end, escaped)
     return b"%bevent: %b\ndata: %b\n\n" % (position.encode(), event.kind.encode(), text)
-
-
-_OTHER_LINE_ENDS = [(chr(each).encode(), b"\\u%04x" % each) for each in (0x85, 0x2028, 0x2029)]
 
 
 async def _with_pauses(

@@ -21,10 +21,10 @@ import contextvars
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from service import clock
 from service.documents import Erasure, ErasureReceipt
@@ -137,7 +137,7 @@ class KeptPages:
             self._drop(next(iter(self._kept)))
         if self._looking is None:
             # In a context of its own, because the deadline of the caller must not be that of the task.
-            self._looking = _start(self._look())
+            self._looking = asyncio.create_task(self._look(), context=contextvars.Context())
 
     def drop_all(self) -> None:
         """Keep nothing of what was read so far."""
@@ -186,7 +186,3 @@ class KeptPages:
 
 def _is_old(kept: Kept) -> bool:
     return time.monotonic() - kept.since > KEPT_S
-
-
-def _start(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-    return asyncio.create_task(work, context=contextvars.Context())

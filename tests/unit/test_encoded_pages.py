@@ -202,6 +202,24 @@ async def test_what_was_read_before_an_erasure_ended_is_not_kept_after_it() -> N
     await history.store.close()
 
 
+async def test_what_was_read_of_a_conversation_before_an_erasure_ended_is_not_kept_after_it() -> None:
+    history = History(random.Random(1), embedded=False)
+    history.append(3)
+    read = history.database.read
+
+    async def while_somebody_is_erased(document: Any, query: Any, **options: Any) -> list[bytes]:
+        found = await read(document, query, **options)
+        if "seq" not in query:
+            history.store.kept_pages.drop_all()
+        return found
+
+    history.database.read = while_somebody_is_erased  # type: ignore[method-assign]
+    assert len(await pages_of(history)) == 3
+    history.database.read = read  # type: ignore[method-assign]
+    assert history.store.kept_pages.find(await history.store.state(REF)) is None
+    await history.store.close()
+
+
 async def test_everything_is_dropped_when_it_cannot_be_asked_who_was_erased(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
