@@ -88,7 +88,8 @@ def _is_of_swagger_ui(rule: str, html: str, own_rule: str, element: str) -> bool
 
 
 def sign_in_with_key(page: Page) -> None:
-    page.keyboard.type(OWN)  # the field has the focus
+    expect(page.locator("[name=credential]")).to_be_focused()
+    page.keyboard.type(OWN)
     page.keyboard.press("Enter")
 
 
@@ -128,6 +129,7 @@ def test_the_receipt_of_an_erasure_is_accessible_and_fits(
     with window(browser, color_scheme=scheme, viewport=size, bypass_csp=True) as page:
         page.goto(f"{shown.url}/console/erase?user={user}")
         sign_in_with_key(page)
+        expect(page.get_by_role("heading", name=f"Erase the user {user}?")).to_be_visible()
         page.get_by_role("textbox").fill(user)
         page.get_by_role("button", name="Erase").click()
         expect(page.get_by_role("heading", name="The user was erased")).to_be_visible(timeout=20_000)
