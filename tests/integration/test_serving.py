@@ -45,8 +45,9 @@ def test_the_banner_names_the_address_that_answers_and_what_is_stored(
     tmp_path: Path, options: dict[str, Any]
 ) -> None:
     with running(tmp_path) as service, service.client() as client:
-        append(client, create(client), {"role": "user"}, {"role": "user"})
+        # The banner counts when it is written, which may be after the first request.
         assert "(0 conversations, 0 messages, " in "".join(said(service))
+        append(client, create(client), {"role": "user"}, {"role": "user"})
     service = Service(tmp_path, **options)
     service.port = 0
     service.log.unlink(missing_ok=True)
