@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+import orjson
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
@@ -157,30 +158,31 @@ async def conversation(
         chat.get_conversation(query.id), _messages(chat, query)
     )
     dependencies.audit(request, found.user_id, query.id)
+    messages: list[Json] = list(map(orjson.loads, page.messages))
     return await rendering.page(
         request,
         "conversation.html",
         conversation=found,
         metadata=showing.indented(found.metadata) if found.metadata else "",
-        messages=page.messages,
-        earlier=page.messages[0]["seq"] if earlier and page.messages else None,
-        later=page.messages[-1]["seq"] if later and page.messages else None,
-        last_seq=max([found.last_seq, *(each["seq"] for each in page.messages)]),
+        messages=messages,
+        earlier=messages[0]["seq"] if earlier and messages else None,
+        later=messages[-1]["seq"] if later and messages else None,
+        last_seq=max([found.last_seq, *(each["seq"] for each in messages)]),
         linked=query.seq,
     )
 
 
-async def _messages(chat: ChatService, query: ConversationQuery) -> tuple[MessagePage[Json], bool, bool]:
+async def _messages(chat: ChatService, query: ConversationQuery) -> tuple[MessagePage[bytes], bool, bool]:
     """Return a page of messages, oldest first, and whether there may be earlier and later ones."""
     if query.before is not None:
-        page = await chat.get_chat_history(query.id, limit=_MESSAGES, order="desc", before=query.before)
+        page = await chat.get_encoded_history(query.id, limit=_MESSAGES, order="desc", before=query.before)
         page.messages.reverse()
         return page, page.has_more, True
     after = max(0, query.seq - _BEFORE_LINKED - 1) if query.seq is not None else query.after
     if after is not None:
-        page = await chat.get_chat_history(query.id, limit=_MESSAGES, after=after)
+        page = await chat.get_encoded_history(query.id, limit=_MESSAGES, after=after)
         return page, after > 0, page.has_more
-    page = await chat.get_chat_history(query.id, last=_MESSAGES)
+    page = await chat.get_encoded_history(query.id, last=_MESSAGES)
     return page, page.has_more, False
 
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-import orjson
-
 from service.formats import message_parts, message_turns
+from service.formats.json_answers import dumps
 from service.formats.strict_json import Json
 
 # A longer text is cut, and the page has a link to the whole message.
@@ -77,13 +76,18 @@ def shown(messages: Sequence[Json]) -> list[ShownMessage]:
             id=message["id"],
             seq=message["seq"],
             role=str(message.get("role")),
-            created_at=message["created_at"],
-            bytes=len(stored := orjson.dumps(message, default=str)),
+            created_at=_time(message["created_at"]),
+            bytes=len(stored := dumps(message)),
             parts=[replace(part, other_seq=pairs.get(part.kind, {}).get(part.call_id)) for part in parts],
             checksum=f"{zlib.crc32(stored):08x}",
         )
         for message, parts in read
     ]
+
+
+def _time(given: datetime | str) -> datetime:
+    """Return the time of a message, which may be as the API sends it."""
+    return datetime.fromisoformat(given) if isinstance(given, str) else given
 
 
 def _seqs(read: Sequence[tuple[Json, Sequence[Part]]], kind: Kind) -> dict[str, int]:
