@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from service.api import bodies, problems
 from service.api.dependencies import resources
 from service.api.middleware.browsers import CONSOLE
 from service.console import showing
-from service.errors import FormRefused
+from service.errors import DatabaseUnavailable, FormRefused
 from service.formats.json_answers import timestamp
 
 _POLICY = (
@@ -205,8 +206,7 @@ async def _answer(
     if start["status"] == HTTPStatus.UNAUTHORIZED and scope["path"] != f"{CONSOLE}sign-in":
         response: Response = see_other(f"sign-in?next={quote(_address(scope), safe='')}")
     else:
-        body = await rendered("error.html", problem=problem, caller=None, authenticates=False, form_token="")
-        response = HTMLResponse(body, start["status"], HEADERS)
+        response = await _error_page(Request(scope, receive), start["status"], problem)
     own = {"content-type", "content-length"}
     headers = MutableHeaders(raw=[*response.raw_headers])
     for name, value in cast("list[tuple[bytes, bytes]]", start["headers"]):
@@ -214,6 +214,16 @@ async def _answer(
             headers.append(name.decode("latin-1"), value.decode("latin-1"))
     response.raw_headers = headers.raw
     await response(scope, receive, send)
+
+
+async def _error_page(request: Request, status: int, problem: dict[str, Any]) -> Response:
+    """Show a problem, and who is signed in, unless the request ended before that was known."""
+    if hasattr(request.state, "principal"):
+        # Without the secret of the sessions nobody is signed in by one.
+        with suppress(DatabaseUnavailable):
+            return await page(request, "error.html", status=status, problem=problem)
+    body = await rendered("error.html", problem=problem, caller=None, authenticates=False, form_token="")
+    return HTMLResponse(body, status, HEADERS)
 
 
 def _address(scope: Scope) -> str:

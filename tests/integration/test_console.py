@@ -14,9 +14,11 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
+from markupsafe import escape
 from pymongo import MongoClient, monitoring
 
 from service.access.sessions import SESSION_S, Sessions
@@ -27,6 +29,7 @@ from service.settings import Settings
 from tests.harness import Service, append, create, keys, new_id, new_key, running
 from tests.integration.test_flat_cost import Commands
 from tests.live import events, tail
+from tests.strategies import LIKE_OTHERS, REAL_IDS
 from tests.tokens import AUDIENCE, ISSUER, Issuer
 
 OWN = "k" * 20
@@ -126,6 +129,26 @@ def test_an_error_of_a_page_is_a_page_and_an_error_of_the_api_a_document(service
         for path in ("/console/none", "/console/conversation", "/console/conversation?id=a&seq=-1"):
             assert "<h1>" in http.get(path).text, path
         assert http.get("/conversations/nothing").json()["status"] == 404
+
+
+def test_an_error_page_names_who_is_signed_in_and_lets_them_sign_out(closed: Service) -> None:
+    with closed.client(headers={"X-API-Key": OWN}) as owner, closed.client(headers=HTML) as http:
+        conversation = create(owner)
+        sign_in(http, new_key(closed, "read"))
+        named = re.compile(r'<span class="caller" title="([^"]+)">')
+        (name,) = named.findall(http.get(f"/console/conversation?id={conversation}").text)
+        for path, status in (
+            ("conversation?id=nothing", 404),
+            ("none", 404),
+            ("conversation", 422),
+            (f"rename?id={conversation}", 403),
+        ):
+            page = http.get(f"/console/{path}")
+            assert page.status_code == status, path
+            assert named.findall(page.text) == [name], path
+        left = http.post("/console/sign-out", data={"token": token_of(page)})
+        assert left.status_code == 303
+        assert http.get(f"/console/conversation?id={conversation}").headers["location"].startswith("sign-in")
 
 
 def test_the_files_of_the_console_are_small() -> None:
@@ -634,15 +657,40 @@ def test_a_long_message_is_cut_with_a_link_to_the_whole(service: Service, conver
         assert whole.json() == stored
 
 
-def test_every_id_that_the_api_takes_has_a_page(service: Service) -> None:
+def test_every_id_that_the_api_takes_has_its_pages(service: Service) -> None:
+    """The list leads to the conversation, and every link there to an answer."""
     with service.client() as http:
-        for name in ("a/b", "100%", "a?b&c=d#e", "<b>", "ü 🍲", '"quoted"', "a+b", "..a"):
-            made = http.post("/conversations", json={"user_id": name, "id": name + new_id()})
+        for name in [*REAL_IDS, *LIKE_OTHERS]:
+            made = http.post(
+                "/conversations", json={"user_id": name, "id": name + new_id(), "title": "Tides"}
+            )
             assert made.status_code == 201, (name, made.text)
-            listed = http.get("/console/", params={"user": name}).text
-            (address, *_) = re.findall(r'href="(conversation\?id=[^"]+)"', listed)
-            page = http.get("/console/" + address.replace("&amp;", "&"))
-            assert page.status_code == 200, name
+            named = quote(made.json()["id"], safe="")
+            appended = http.post(f"/conversations/{named}/messages", json={"role": "user", "id": name})
+            assert appended.status_code == 201, (name, appended.text)
+            links = links_of(http.get("/console/", params={"user": name}))
+            shown = f"conversation?id={quote(made.json()['id'])}"
+            (address,) = [each for each in links if each.startswith(shown)]
+            page = http.get("/console/" + address)
+            assert f"<code>{escape(made.json()['id'])}</code>" in page.text, name
+            found = links_of(page)
+            assert {each.partition("?")[0] for each in found} == {
+                *("./", "state", "../docs", "console.css", "data:,"),
+                *("conversation", "message", "rename", "context", "download", "delete"),
+            }
+            for link in found:
+                if link != "data:,":
+                    answer = http.get("/console/" + link)
+                    assert answer.status_code == 200, (name, link)
+                    if link.startswith("message?"):
+                        assert answer.json() == appended.json()
+
+
+def links_of(page: httpx.Response) -> set[str]:
+    """Return the addresses that a page leads to or loads, as a browser reads them."""
+    assert page.status_code == 200, page.text
+    found = map(html.unescape, re.findall(r'href="([^"]+)"', page.text))
+    return {each.partition("#")[0] for each in found} - {""}
 
 
 # -- what a page costs -----------------------------------------------------------------------------
