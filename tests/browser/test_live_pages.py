@@ -100,6 +100,23 @@ def test_a_page_whose_conversation_is_emptied_and_deleted_says_so(browser: Brows
         expect_told(page, "The conversation was deleted")
         expect(page.locator(".message")).to_have_count(0)
         expect(page.get_by_role("button", name="Pause")).to_have_count(0)
+        expect(page.get_by_role("link", name="Rename")).to_have_count(0)
+
+
+def test_the_head_of_an_open_page_follows_the_conversation(browser: Browser, fresh: Service) -> None:
+    with fresh.client() as http, window(browser) as page:
+        path, (first, _, _) = three_messages(http)
+        open_page(page, fresh, path)
+        http.delete(first).raise_for_status()
+        expect(page.locator(".facts")).to_contain_text("2 messages", timeout=SOON_MS)
+        # A new title makes no event. It comes with what happens next, or a while later.
+        http.patch(path, json={"title": "Low <b>tide</b>"}).raise_for_status()
+        append(http, path.removeprefix("/conversations/"), said("four"))
+        expect(page.locator(".facts")).to_contain_text("3 messages", timeout=SOON_MS)
+        expect(page.get_by_role("heading", level=1)).to_have_text("Low <b>tide</b>")
+        expect(page).to_have_title("Low <b>tide</b> · Chat History")
+        http.patch(path, json={"title": "High tide"}).raise_for_status()
+        expect(page.get_by_role("heading", level=1)).to_have_text("High tide", timeout=40_000)
 
 
 def test_a_paused_page_keeps_what_is_deleted_and_catches_up(browser: Browser, fresh: Service) -> None:

@@ -5,6 +5,7 @@
 const EVERY_MS = 2000;
 const REST_MS = 500;
 const AGAIN_MS = 10000;
+const ABOUT_MS = 1000;
 const AWAY = "No answer from the service. Trying again.";
 const OVER = "The session is over. Load the page again to sign in.";
 const DELETED = "The conversation was deleted";
@@ -149,7 +150,19 @@ function followConversation(talk) {
   const clear = () => {
     drop({ after: -1, upto: Infinity });
     earlier?.parentElement?.remove();
+    remove(one(".actions"), talk);
     explain(talk, `${DELETED}.`);
+  };
+  // Title, count and times are read again after what happened. A new title makes no event, so they also are after
+  // the comments by which the service shows that it is there.
+  let waiting = false;
+  const refresh = (signal) => {
+    if (waiting) return;
+    waiting = true;
+    setTimeout(async () => {
+      waiting = false;
+      if (!signal.aborted) await about(`conversation?id=${talk.dataset.id}&after=${last}`, signal).catch(() => {});
+    }, ABOUT_MS);
   };
   const words = { message: ["is new", "are new"], updated: ["was changed", "were changed"], deleted: ["was deleted", "were deleted"] };
   follow(async (signal, tell) => {
@@ -164,7 +177,9 @@ function followConversation(talk) {
         pair(list);
         explain(talk, list.children.length ? "" : `This conversation has no messages${earlier?.isConnected ? " here" : ""}.`);
         if (stay && told.message.length) scrollTo(0, document.documentElement.scrollHeight);
-        tell(Object.entries(told).filter(([, seqs]) => seqs.length).map(([event, seqs]) => (
+        const changed = Object.entries(told).filter(([, seqs]) => seqs.length);
+        if (changed.length || !events.length) refresh(signal);
+        tell(changed.map(([event, seqs]) => (
           seqs.length === 1 ? `Message ${seqs[0]} ${words[event][0]}` : `${seqs.length} messages ${words[event][1]}`
         )).join(", "));
       }
@@ -172,6 +187,16 @@ function followConversation(talk) {
       if (error.message === DELETED) clear();
       throw error;
     }
+  });
+}
+
+// Shows what is told about the conversation as it is now. If it cannot be read, the events say why.
+async function about(address, signal) {
+  const found = await load(address, signal);
+  const now = all("[data-about]", found);
+  document.title = found.title;
+  all("[data-about]").forEach((each, index) => {
+    if (!each.contains(document.activeElement)) each.replaceChildren(...now[index].childNodes);
   });
 }
 
