@@ -31,6 +31,8 @@ ATTACKS = [
     "&lt;script&gt;alert(1)&lt;/script&gt; &#x3c;b&#x3e;",
     "\u202egpj.exe <b>bold</b> \u2028\u2029",
 ]
+# What a page of the console never has, so it would come from a text.
+MADE_OF_A_TEXT = "iframe, base, style, main script, object, embed, main svg, main img"
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,9 @@ def test_nothing_that_is_stored_runs_or_loads_anything(browser: Browser, fresh: 
         made = http.post("/conversations", json=body)
         assert made.status_code == 201, made.text
         append(http, quote(conversation, safe=""), *messages_with(attack))
+        summed = {"upto_seq": 4, "summary": attack, "metadata": {"k": attack}}
+        made = http.post(f"/conversations/{quote(conversation, safe='')}/checkpoints", json=summed)
+        assert made.status_code == 201, made.text
     watched = Watched(browser)
     page = watched.page
     one = f"id={quote(conversation, safe='')}"
@@ -84,6 +89,7 @@ def test_nothing_that_is_stored_runs_or_loads_anything(browser: Browser, fresh: 
         f"?{who}",
         f"?{who}&title={quote(attack)}",
         f"conversation?{one}",
+        f"context?{one}",
         f"rename?{one}",
         f"delete?{one}",
         f"erase?{who}",
@@ -95,9 +101,7 @@ def test_nothing_that_is_stored_runs_or_loads_anything(browser: Browser, fresh: 
         page.goto(f"{fresh.url}/console/{path}")
         page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true })")
         assert page.url.startswith(f"{fresh.url}/console/")
-        assert (
-            page.locator("iframe, base, style, main script, object, embed, main svg, main img").count() == 0
-        )
+        assert page.locator(MADE_OF_A_TEXT).count() == 0
         hrefs = page.locator("a").evaluate_all("all => all.map(each => each.href)")
         assert all(each.startswith(("http://127.0.0.1", "https://evil.example/")) for each in hrefs), hrefs
     # The same content as it arrives while the page is open, and what a click shows.
@@ -106,9 +110,21 @@ def test_nothing_that_is_stored_runs_or_loads_anything(browser: Browser, fresh: 
     with fresh.client() as http:
         append(http, quote(conversation, safe=""), *messages_with(attack))
     expect(page.locator("#m20")).to_be_visible(timeout=15_000)
-    assert page.locator("iframe, base, style, main script, main svg, main img").count() == 0
+    assert page.locator(MADE_OF_A_TEXT).count() == 0
     page.goto(f"{fresh.url}/console/message?{one}&message={quote(message_id(fresh, conversation), safe='')}")
     assert page.locator("body *").count() == 1  # the text, in the <pre> of the browser
+    # A list while it is open, and the receipt of an erasure.
+    page.goto(f"{fresh.url}/console/?{who}")
+    with fresh.client() as http:
+        other = {"user_id": user, "id": f"d{attack}{new_id()}", "title": attack}
+        assert http.post("/conversations", json=other).status_code == 201
+    expect(page.locator("tr[data-id]")).to_have_count(2, timeout=15_000)
+    assert page.locator(MADE_OF_A_TEXT).count() == 0
+    page.goto(f"{fresh.url}/console/erase?{who}")
+    page.locator("input[name=again]").fill(user)
+    page.get_by_role("button", name="Erase").click()
+    expect(page.get_by_role("heading", name="The user was erased")).to_be_visible(timeout=15_000)
+    assert page.locator(MADE_OF_A_TEXT).count() == 0
     assert all(each.startswith(fresh.url) or each == "data:," for each in watched.asked), watched.asked
     watched.close()
 
