@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -51,6 +52,8 @@ FILES = {
 }
 # A new version of a file has a new address, so a browser may keep the file.
 _FILES_VERSION = hashlib.sha256(b"".join(content for _, content in FILES.values())).hexdigest()[:12]
+# As much of a page is rendered before its first byte is sent.
+_HEAD_CHARACTERS = 1_000
 # Where people may be sent after they have signed in: to a page of the console.
 _NEXT = re.compile(r"[a-z-]{0,20}(\?[\x21-\x7e]*)?\Z")
 
@@ -130,14 +133,34 @@ async def form(request: Request) -> dict[str, str]:
 async def page(request: Request, template: str, *, status: int = 200, **shown: Any) -> Response:
     """Render a page for the caller."""
     session = await session_of(request)
-    response = HTMLResponse(
-        await rendered(template, **_of_caller(request), form_token=session.form_token, **shown),
-        status,
-        HEADERS,
-    )
+    shown = {**_of_caller(request), "form_token": session.form_token, **shown}
+    response = _Page(_ENVIRONMENT.get_template(template).generate(shown), status)
     if session.is_new:
         session.give(response)
     return response
+
+
+class _Page(HTMLResponse):
+    """A page whose head is sent first: the browser loads what it names while a thread renders the rest."""
+
+    def __init__(self, parts: Iterator[str], status: int) -> None:
+        super().__init__("".join(_head(parts)), status, HEADERS)
+        del self.headers["content-length"]
+        self._rest = parts
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        rest = await asyncio.to_thread("".join, self._rest)
+        await send({"type": "http.response.body", "body": rest.encode()})
+
+
+def _head(parts: Iterator[str]) -> Iterator[str]:
+    """Take the parts of a page up to its title and what it loads, which is quickly rendered."""
+    taken = 0
+    while taken < _HEAD_CHARACTERS and (part := next(parts, None)) is not None:
+        taken += len(part)
+        yield part
 
 
 def _of_caller(request: Request) -> dict[str, Any]:
@@ -154,7 +177,7 @@ def _of_caller(request: Request) -> dict[str, Any]:
 
 
 async def rendered(template: str, **shown: Any) -> str:
-    """Render a template in a thread, because a page of large messages takes a while."""
+    """Render a template in a thread, because large messages take a while."""
     return await asyncio.to_thread(_ENVIRONMENT.get_template(template).render, shown)
 
 
