@@ -21,6 +21,7 @@ import bson
 import pymongo
 from pymongo.uri_parser import parse_uri
 
+from tests.harness import on_database
 from tests.proxy import Proxy
 
 Document = dict[str, Any]
@@ -221,7 +222,7 @@ class MongoProxy(Proxy):
         those wait for the majority, too: "wait" until `catch_up`, or until the command's own time is over and
         it ends with MaxTimeMSExpired; "fail" at once with a write concern error (`wtimeout`); or "succeed".
         """
-        self._copy(self.database, self._old)
+        self._copy(self.database, self.database_of_majority)
         self._commits = commits
         self._loop.call_soon_threadsafe(self._caught_up.clear)
         self._lagging = True
@@ -234,11 +235,11 @@ class MongoProxy(Proxy):
 
     def fail_over(self) -> None:
         """End the lag the other way: the primary is lost, and with it all that no majority had."""
-        self._copy(self._old, self.database)
+        self._copy(self.database_of_majority, self.database)
         self.catch_up()
 
     @property
-    def _old(self) -> str:
+    def database_of_majority(self) -> str:
         return f"{self.database}_majority"
 
     def _copy(self, source: str, target: str) -> None:
@@ -298,7 +299,7 @@ class MongoProxy(Proxy):
             return request.with_document({**document, "compression": []})
         old_read = self._lagging and command.is_majority_read and document.get("$db") == self.database
         if old_read or document.get("getMore") in self._old_cursors:
-            return request.with_document({**document, "$db": self._old})
+            return request.with_document({**document, "$db": self.database_of_majority})
         return request.raw
 
     async def _answered(self, command: Command, answer: Document, rule: Rule, was_lagging: bool) -> Document:
@@ -311,10 +312,13 @@ class MongoProxy(Proxy):
         if command.name.lower() == "buildinfo" and self.hide_engine:
             return {k: v for k, v in answer.items() if not k.startswith("secantus")}
         cursor = answer.get("cursor")
-        if isinstance(cursor, dict) and str(cursor.get("ns", "")).startswith(f"{self._old}."):
+        if isinstance(cursor, dict) and str(cursor.get("ns", "")).startswith(f"{self.database_of_majority}."):
             self._old_cursors.add(cursor["id"])
             self._old_cursors.discard(0)
-            return {**answer, "cursor": {**cursor, "ns": cursor["ns"].replace(self._old, self.database, 1)}}
+            return {
+                **answer,
+                "cursor": {**cursor, "ns": cursor["ns"].replace(self.database_of_majority, self.database, 1)},
+            }
         concern, labels = rule.concern, list(rule.labels)
         if command.name == "commitTransaction" and was_lagging and answer.get("ok") and concern is None:
             concern = await self._wait_for_the_majority(command.document)
@@ -391,6 +395,8 @@ def answer_to(request: Message, document: Document) -> bytes:
 def mongo_proxied(url: str, database: str, **options: Any) -> Iterator[MongoProxy]:
     """A started proxy before the engine of `url`, for one database of a name that nobody else uses."""
     proxy = MongoProxy(url, database, **options)
+    for each in (proxy.database, proxy.database_of_majority):
+        on_database(url, each)  # to be dropped at the end of the run
     proxy.start()
     try:
         yield proxy

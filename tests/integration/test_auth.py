@@ -56,7 +56,8 @@ def closed(issuer: Issuer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def acme(closed: Service) -> str:
-    return new_key(closed, "read", "write", tenant="acme")
+    """A key of the command itself."""
+    return keys(closed, "create", "test", "--scope", "read", "--scope", "write", "--tenant", "acme")
 
 
 @pytest.fixture(scope="module")

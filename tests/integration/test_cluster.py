@@ -40,8 +40,6 @@ def message(text: object, message_id: str | None = None) -> dict[str, Any]:
 def cluster(shards: tuple[int, int], keys: Keys = BY_CONVERSATION) -> Iterator[MongoRouter]:
     with routed(shards, new_id("cluster"), keys=keys) as router:
         yield router
-        for each in (0, 1):
-            router.shard(each).client.drop_database(router.database)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from markupsafe import escape
-from pymongo import MongoClient, monitoring
+from pymongo import MongoClient
 
 from service.access.sessions import SESSION_S, Sessions
 from service.api import meta
@@ -27,7 +26,6 @@ from service.app import create_app
 from service.console import rendering
 from service.settings import Settings
 from tests.harness import Service, append, create, keys, new_id, new_key, running
-from tests.integration.test_flat_cost import Commands
 from tests.live import events, tail
 from tests.strategies import LIKE_OTHERS, REAL_IDS
 from tests.tokens import AUDIENCE, ISSUER, Issuer
@@ -693,63 +691,16 @@ def links_of(page: httpx.Response) -> set[str]:
     return {each.partition("#")[0] for each in found} - {""}
 
 
-# -- what a page costs -----------------------------------------------------------------------------
+async def test_the_head_of_a_page_is_sent_before_the_rest_is_rendered() -> None:
+    rendered, sent = list[str](), list[Any]()
 
-LONG, SHORT = 100_000, 100
+    def parts() -> Iterator[str]:
+        for part in ("<head>" + " " * 1_000, "<main>", "</main>"):
+            rendered.append(part)
+            yield part
 
+    async def send(message: Any) -> None:
+        sent.append((message.get("body"), message.get("more_body", False), len(rendered)))
 
-@pytest.fixture(scope="module")
-def talks(service: Service) -> dict[int, str]:
-    """A conversation of 100,000 messages and one of 100, as the service would have stored them."""
-    began, made = datetime(2026, 1, 1, tzinfo=UTC), dict[int, str]()
-    with MongoClient[dict[str, Any]](service.database_url) as client:
-        operator = client.get_default_database()
-        for size in (LONG, SHORT):
-            conversation = made[size] = new_id()
-            end = began + timedelta(seconds=size)
-            about: dict[str, Any] = {"user_id": "ada", "title": None, "metadata": {}, "exact_metadata": None}
-            counts = {"created_at": began, "updated_at": end, "last_seq": size, "message_count": size}
-            operator.conversations.insert_one({"_id": conversation, **about, **counts})
-            for first in range(1, size + 1, 10_000):
-                operator.messages.insert_many(
-                    {
-                        "_id": f"{conversation}/m{seq}",
-                        "conversation_id": conversation,
-                        "user_id": "ada",
-                        "seq": seq,
-                        "created_at": began + timedelta(seconds=seq),
-                        "role": "assistant" if seq % 2 else "user",
-                        "content": f"{seq}",
-                    }
-                    for seq in range(first, min(first + 10_000, size + 1))
-                )
-    return made
-
-
-async def test_a_page_of_100000_messages_costs_the_same_commands_as_of_100(
-    service: Service, talks: dict[int, str]
-) -> None:
-    commands = Commands()
-    monitoring.register(commands)
-    app = create_app(Settings(_env_file=None, mongodb_url=service.database_url))
-    sent: dict[tuple[str, int], list[tuple[str, Any]]] = {}
-    try:
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http,
-        ):
-            await http.get("/console/state")  # reads the secret
-            for which in ("", "&before=50", "&after=40", "&seq=60"):
-                for size, conversation in talks.items():
-                    commands.sent.clear()
-                    page = await http.get(f"/console/conversation?id={conversation}{which}")
-                    assert page.status_code == 200
-                    # Those of the maintenance, which works beside it, are about other conversations.
-                    sought = [each for each in commands.sent if "find" in each]
-                    finds = [each for each in sought if conversation in each["filter"].values()]
-                    sent[which, size] = [(each["find"], each.get("limit")) for each in finds]
-    finally:
-        monitoring._LISTENERS.command_listeners.remove(commands)
-    for which in ("", "&before=50", "&after=40", "&seq=60"):
-        assert sent[which, LONG] == sent[which, SHORT], which
-        assert len(sent[which, LONG]) <= 3
+    await rendering._Page(parts(), 200)({}, None, send)  # type: ignore[arg-type]
+    assert sent[1:] == [(b"<head>" + b" " * 1_000, True, 1), (b"<main></main>", False, 3)]

@@ -32,8 +32,6 @@ Send = Callable[[], httpx.Response]
 def set_of_three(service: Service) -> Iterator[MongoProxy]:
     with mongo_proxied(service.database_url, f"decisions_{new_id()[2:8]}") as proxy:
         yield proxy
-        for name in (proxy.database, f"{proxy.database}_majority"):
-            proxy.engine.drop_database(name)
 
 
 @pytest.fixture(scope="module")

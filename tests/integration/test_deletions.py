@@ -25,7 +25,6 @@ async def proxy(service: Service, request: pytest.FixtureRequest) -> AsyncIterat
     with mongo_proxied(service.database_url, new_id("holes"), hide_engine=request.param) as started:
         yield started
         started.forget()
-        started.engine.drop_database(started.database)
 
 
 @pytest.fixture

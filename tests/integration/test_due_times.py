@@ -29,7 +29,6 @@ async def proxy(service: Service) -> AsyncIterator[MongoProxy]:
     with mongo_proxied(service.database_url, new_id("due")) as started:
         yield started
         started.forget()
-        started.engine.drop_database(started.database)
 
 
 async def opened(proxy: MongoProxy, **changed: Any) -> ConversationStore:
@@ -184,7 +183,6 @@ async def test_the_sweep_reads_along_the_index(service: Service) -> None:
         plan = proxy.latest.command("explain", query)["queryPlanner"]["winningPlan"]
         assert "due_at_1__id_1" in str(plan), plan
         await store.database.close()
-        proxy.engine.drop_database(proxy.database)
 
 
 def test_another_setting_has_another_fingerprint() -> None:

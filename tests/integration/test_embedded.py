@@ -45,35 +45,43 @@ def failing(service: Service) -> str:
     return service.output()
 
 
-def test_the_command_for_mongosh_is_printed_at_start_and_mongo_url_prints_the_url(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "service", "mongo-url"]
-    with running(tmp_path) as service:
-        # Named as it was started here.
-        service.wait_to_say(f'mongosh "$({sys.executable} -m service mongo-url)"')
-        with MongoClient[dict[str, object]](service.database_url) as operator:
-            assert operator.get_default_database().list_collection_names()
-        said = subprocess.run(
-            command, env=service.environment(), cwd=tmp_path, capture_output=True, text=True, check=True
-        )
-        assert said.stdout.strip() == service.database_url
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
+    """Two services in two directories, one with authentication."""
+    directories = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
+    with (
+        running(directories[0], auth="key", api_key="PLANTED-s3cr3t") as first,
+        running(directories[1]) as second,
+    ):
+        yield first, second
 
 
-def test_the_engine_syncs_at_every_commit_and_listens_on_loopback_only(tmp_path: Path) -> None:
-    with running(tmp_path) as service:
-        command = ["ps", "-ww", "-o", "args=", "-p", str(service.engine_pid())]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+def test_the_command_for_mongosh_is_printed_at_start_and_mongo_url_prints_the_url(
+    two: tuple[Service, Service],
+) -> None:
+    _, service = two
+    # Named as it was started here.
+    service.wait_to_say(f'mongosh "$({sys.executable} -m service mongo-url)"')
+    with MongoClient[dict[str, object]](service.database_url) as operator:
+        assert operator.get_default_database().list_collection_names()
+    assert command(service, "mongo-url", unset=None).stdout.strip() == service.database_url
+
+
+def test_the_engine_syncs_at_every_commit_and_listens_on_loopback_only(two: tuple[Service, Service]) -> None:
+    asked = ["ps", "-ww", "-o", "args=", "-p", str(two[1].engine_pid())]
+    said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
     assert "--sync-on-commit" in said
     assert said[said.index("--host") + 1] == "127.0.0.1"
 
 
-def test_a_data_directory_in_use_is_a_clear_error(tmp_path: Path) -> None:
-    with running(tmp_path) as first:
-        assert first.process is not None
-        said = failing(Service(tmp_path))
-        assert f"is in use by process {first.process.pid}" in said
-        assert "CHAT_DATA_DIR" in said
-        assert "Traceback" not in said
-        assert httpx.get(first.url + "/health/ready").status_code == 200
+def test_a_data_directory_in_use_is_a_clear_error(two: tuple[Service, Service]) -> None:
+    _, first = two
+    assert first.process is not None
+    said = failing(Service(first.directory))
+    assert f"is in use by process {first.process.pid}" in said
+    assert "CHAT_DATA_DIR" in said
+    assert "Traceback" not in said
+    assert httpx.get(first.url + "/health/ready").status_code == 200
 
 
 def test_a_port_that_is_taken_is_a_clear_error(tmp_path: Path) -> None:
@@ -118,32 +126,25 @@ def test_a_missing_package_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_the_engine_is_started_again_when_it_dies_and_nothing_is_lost(tmp_path: Path) -> None:
+    """At once where it can be, and later where it cannot."""
     with running(tmp_path) as service, service.client() as client:
         conversation = create(client)
-        before = append(client, conversation, {"role": "user", "content": "before"})
+        stored = append(client, conversation, {"role": "user", "content": "before"})
         engine = service.engine_pid()
         os.kill(engine, signal.SIGKILL)
         time.sleep(0.05)
         service.wait_until("/health/ready")
         assert service.engine_pid() != engine
-        after = append(client, conversation, {"role": "user", "content": "after"})
-        assert whole_history(client, conversation) == before + after
+        stored += append(client, conversation, {"role": "user", "content": "after"})
+        assert whole_history(client, conversation) == stored
         assert "engine_ended" in service.output()
-
-
-def test_an_engine_that_cannot_be_started_again_at_once_is_started_later(tmp_path: Path) -> None:
-    with running(tmp_path) as service, service.client() as client:
-        conversation = create(client)
-        stored = append(client, conversation, {"role": "user", "content": "before"})
+        assert "engine_not_started" not in service.output()
         # What it is started with cannot be written, as on a disk that is full.
         config = service.data / "engine.toml"
         config.unlink()
         config.mkdir()
         os.kill(service.engine_pid(), signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while "engine_not_started" not in service.output() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert "engine_not_started" in service.output()
+        service.wait_to_say("engine_not_started", timeout_s=30)
         assert client.get(f"/conversations/{conversation}").status_code == 503
         config.rmdir()
         service.wait_until("/health/ready")
@@ -174,26 +175,20 @@ def end_by_killing_the_guard_too(service: Service) -> None:
     service.process.wait(10)
 
 
-@pytest.mark.parametrize(
-    "end",
-    [end_by_sigterm, end_by_sigint, end_by_kill, end_by_killing_the_guard_too],
-    ids=lambda each: each.__name__,
-)
-def test_no_orphan_is_left_however_the_service_ends_and_the_directory_is_free(
-    tmp_path: Path, end: Any
-) -> None:
+def test_no_orphan_is_left_however_the_service_ends_and_the_directory_is_free(tmp_path: Path) -> None:
     with running(tmp_path) as service:
         with service.client() as client:
             conversation = create(client)
             stored = append(client, conversation, {"role": "user", "content": "x"})
-        engine = service.engine_pid()
-        end(service)
-        assert service.engine_is_gone()
-        # Free at once, and whole.
-        service.start()
-        assert service.engine_pid() != engine
-        with service.client() as client:
-            assert whole_history(client, conversation) == stored
+        for end in (end_by_sigterm, end_by_sigint, end_by_kill, end_by_killing_the_guard_too):
+            engine = service.engine_pid()
+            end(service)
+            assert service.engine_is_gone(), end.__name__
+            # Free at once, and whole.
+            service.start()
+            assert service.engine_pid() != engine
+            with service.client() as client:
+                assert whole_history(client, conversation) == stored
 
 
 def test_workers_share_one_engine_and_end_with_their_parent(tmp_path: Path) -> None:
@@ -261,7 +256,6 @@ def test_an_index_that_stands_in_another_form_is_said_at_start(service: Service,
         other = Service(tmp_path, mongodb_url=url).start(wait=False)
         assert other.process is not None
         assert other.process.wait(40) != 0
-        operator.drop_database(name)
     assert "The index messages.conversation_id_1_seq_1 cannot be made" in other.output()
 
 
@@ -282,17 +276,6 @@ def command(
         timeout=120,
         check=False,
     )
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Service]]:
-    """Two services in two directories, one with authentication."""
-    directories = [tmp_path_factory.mktemp(name) for name in ("first", "second")]
-    with (
-        running(directories[0], auth="key", api_key="PLANTED-s3cr3t") as first,
-        running(directories[1]) as second,
-    ):
-        yield first, second
 
 
 EXPORT = """{"type":"export","version":1,"user_id":"ada","created_at":"2026-01-01T00:00:00.000Z"}

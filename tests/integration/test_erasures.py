@@ -32,7 +32,6 @@ def proxy(service: Service) -> Iterator[MongoProxy]:
     with mongo_proxied(service.database_url, new_id("erasures"), hide_engine=False) as started:
         yield started
         started.forget()
-        started.engine.drop_database(started.database)
 
 
 @contextlib.asynccontextmanager

@@ -234,7 +234,6 @@ async def test_whoever_waits_for_a_group_that_fails_by_a_fault_of_ours_is_told(
 def proxy(service: Service) -> Iterator[MongoProxy]:
     with mongo_proxied(service.database_url, f"groups_{new_id()[2:8]}") as started:
         yield started
-        started.engine.drop_database(started.database)
 
 
 async def test_a_group_whose_commit_had_no_answer_is_stored_once_and_is_no_replay(proxy: MongoProxy) -> None:

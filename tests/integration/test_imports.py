@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -43,9 +42,6 @@ def service(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Itera
     url = on_database(service.database_url, new_id("imports"))
     with running(tmp_path_factory.mktemp("imports"), mongodb_url=url) as started:
         yield started
-        if "TEST_MONGODB_URL" in os.environ:  # the embedded engine ends with the run, and its data with it
-            with MongoClient[dict[str, Any]](url) as operator:
-                operator.drop_database(operator.get_default_database())
 
 
 @pytest.fixture

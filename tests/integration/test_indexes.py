@@ -39,7 +39,6 @@ async def proxy(service: Service, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         started.forget()
         yield started
         started.forget()
-        started.engine.drop_database(started.database)
 
 
 async def opened(

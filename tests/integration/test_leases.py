@@ -21,7 +21,6 @@ async def two(service: Service) -> AsyncIterator[tuple[Leases, Leases]]:
     for connection in connections:
         connection.connect(retry_writes=False)
     yield Leases(connections[0]), Leases(connections[1])
-    await connections[0].database().client.drop_database(connections[0].database().name)
     for connection in connections:
         await connection.close()
 

@@ -26,7 +26,6 @@ def handmade(service: Service, tmp_path: Path) -> Iterator[tuple[Service, Any]]:
     with MongoClient[dict[str, Any]](url) as operator:
         database = operator.get_default_database()
         yield Service(tmp_path, mongodb_url=url), database
-        operator.drop_database(database.name)
 
 
 def conversation(key: Any, **fields: Any) -> dict[str, Any]:

@@ -21,7 +21,6 @@ MAJORITY = WriteConcern("majority", j=True)
 def proxy(service: Service) -> Iterator[MongoProxy]:
     with mongo_proxied(service.database_url, "proxy_itself") as started:
         yield started
-        started.engine.drop_database(started.database)
 
 
 @pytest.fixture

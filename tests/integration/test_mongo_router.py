@@ -30,7 +30,6 @@ def there(router: MongoRouter) -> Iterator[Any]:
     """The database as the service uses it."""
     with pymongo.MongoClient[Any](router.url, w="majority", readConcernLevel="majority") as client:
         yield client[router.database]
-        client.drop_database(router.database)
 
 
 def names(router: MongoRouter, *, split: bool) -> Iterator[str]:
@@ -108,7 +107,6 @@ def test_an_id_is_unique_on_each_shard_only(shards: tuple[int, int]) -> None:
         window = {"conversation_id": "c", "seq": {"$gt": 3, "$lte": 9}}
         assert [each["seq"] for each in messages.find(window)] == [4]
         assert router.seen[-1].shards == {1}
-        client.drop_database(router.database)
 
 
 def test_a_write_of_one_document_without_the_shard_key_is_refused(there: Any) -> None:

@@ -121,7 +121,6 @@ async def test_what_version_0_1_0_stored_opens(service: Service) -> None:
         assert await sweep.expire(store) == RemovedCounts(1, 2)
         assert await order_of(chat) == ["kept", "new"]
         await database.close()
-        operator.drop_database(operator.get_default_database().name)
 
 
 @pytest.mark.embedded_engine("it is a data directory of the engine's")

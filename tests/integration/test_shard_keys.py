@@ -227,8 +227,6 @@ def driven(
             run("mongo-url")
         assert not re.search(r'"level": ?"error"|Traceback', service.output())
         yield router, called, ran
-        for each in (0, 1):
-            router.shard(each).client.drop_database(router.database)
 
 
 Driven = tuple[MongoRouter, set[tuple[str, str]], set[str]]

@@ -20,7 +20,6 @@ from tests.mongo_proxy import MongoProxy, mongo_proxied
 def mongo(service: Service) -> Any:
     with mongo_proxied(service.database_url, new_id("suitable")) as started:
         yield started
-        started.engine.drop_database(started.database)
 
 
 @pytest.fixture

@@ -40,7 +40,6 @@ def broken(service: Service, client: httpx.Client, conversation: str) -> Iterato
         database.conversations.insert_one(original.conversations.find_one({"_id": conversation}) or {})
         database.messages.insert_many(original.messages.find({"conversation_id": conversation}))
         yield (lambda *options: verify(service, *options, CHAT_MONGODB_URL=url)), database
-        operator.drop_database(name)
 
 
 def test_a_sound_database_passes_with_the_service_running_and_without(tmp_path: Path) -> None:
@@ -268,8 +267,9 @@ async def test_message_ids_that_stand_twice_on_a_cluster_are_named(
 ) -> None:
     stored = [*appended(client, conversation, 1_000), *appended(client, conversation, 500)]
     raw = CodecOptions(document_class=RawBSONDocument)
-    with MongoClient[Any](service.database_url) as operator:
-        other = operator[f"shard_{conversation[2:]}"].get_collection("messages", codec_options=raw)
+    shard = on_database(service.database_url, f"shard_{conversation[2:]}")
+    with MongoClient[Any](service.database_url) as operator, MongoClient[Any](shard) as second:
+        other = second.get_default_database().get_collection("messages", codec_options=raw)
         here = operator.get_default_database()
         for seq, double in ((1501, 1), (1502, 1500), (1503, 1400)):  # far apart, and near
             document = here.messages.find_one({"conversation_id": conversation, "seq": double}) or {}
@@ -286,7 +286,6 @@ async def test_message_ids_that_stand_twice_on_a_cluster_are_named(
             await verifier._verify_conversation(conversation)
         finally:
             await database.close()
-            operator.drop_database(other.database.name)
     assert [str(each) for each in found] == [
         f"{conversation}: the message id {stored[double - 1]['id']} stands 2 times, at seq {double}, {seq} "
         "(left: the right value is not known)"

@@ -62,7 +62,6 @@ async def opened(service: Service, **options: Any) -> AsyncIterator[tuple[MongoP
             yield proxy, chat
         finally:
             await database.close()
-            proxy.engine.drop_database(proxy.database)
 
 
 def sent(proxy: MongoProxy) -> list[str]:
@@ -98,7 +97,6 @@ def two_services(
             for _ in range(2)
         )
         yield proxy, first, second
-        proxy.engine.drop_database(proxy.database)
 
 
 def committed(proxy: MongoProxy) -> Any:
