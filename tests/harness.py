@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -21,6 +22,8 @@ from uuid import uuid4
 
 import httpx
 from pymongo import MongoClient
+
+from service.database import Database
 
 START_TIMEOUT_S = 60.0
 # Without the system's certificates, because the service speaks plain HTTP, and a client that reads them
@@ -48,6 +51,15 @@ def on_database(url: str, name: str) -> str:
 
 def new_id(kind: str = "c") -> str:
     return f"{kind}-{uuid4().hex[:16]}"
+
+
+async def until_ready(database: Database) -> None:
+    """Wait until an opened database is reached, because on a busy machine a first attempt may fail."""
+    for _ in range(200):
+        if await database.is_ready():
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError("the database was not reached")
 
 
 def fresh_database_url() -> str | None:

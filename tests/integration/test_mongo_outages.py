@@ -20,7 +20,7 @@ from service.errors import ChatHistoryError
 from service.history.store import ConversationStore
 from service.settings import Settings
 from service.tenancy import TenantScope
-from tests.harness import Service, create, new_id, running
+from tests.harness import Service, create, new_id, running, until_ready
 from tests.mongo_proxy import MongoProxy, mongo_proxied
 
 MESSAGE = {"role": "user", "content": "x"}
@@ -168,10 +168,7 @@ async def opened(service: Service) -> AsyncIterator[tuple[MongoProxy, Database, 
         )
         database = Database(settings)
         await database.open()
-        for _ in range(100):  # its time limits are short, so on a busy machine a first attempt may fail
-            if await database.is_ready():
-                break
-            await asyncio.sleep(0.1)
+        await until_ready(database)  # its time limits are short
         chat = ChatService(ConversationStore(database, settings), TenantScope())
         await chat.get_or_create_conversation("ada", "c")
         yield proxy, database, chat

@@ -11,7 +11,7 @@ from pymongo.errors import AutoReconnect, OperationFailure, WTimeoutError
 from pymongo.read_concern import ReadConcern
 from pymongo.write_concern import WriteConcern
 
-from tests.harness import Service
+from tests.harness import Service, new_id
 from tests.mongo_proxy import MongoProxy, mongo_proxied
 
 MAJORITY = WriteConcern("majority", j=True)
@@ -19,7 +19,7 @@ MAJORITY = WriteConcern("majority", j=True)
 
 @pytest.fixture
 def proxy(service: Service) -> Iterator[MongoProxy]:
-    with mongo_proxied(service.database_url, "proxy_itself") as started:
+    with mongo_proxied(service.database_url, new_id("proxy")) as started:
         yield started
 
 

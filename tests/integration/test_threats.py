@@ -998,7 +998,7 @@ def test_the_trail_has_what_the_command_line_did(closed: Service, both: str, tmp
         exported = admin.get(f"/users/{user}/export")
     file = tmp_path / "export.ndjson"
     file.write_bytes(exported.content)
-    key = new_key(closed, "read")
+    key = keys(closed, "create", "test", "--scope", "read")
     command(closed, "keys", "list")
     command(closed, "keys", "revoke", key.split("_")[1])
     command(closed, "keys", "revoke", key.split("_")[1])
