@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
@@ -16,8 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 
 from service.api.dependencies import resources
-from service.api.schemas import ConversationOut
-from service.chat_service import ConversationPage, ConversationRecord, ListPosition, MessagePage
+from service.chat_service import ConversationPage, ListPosition, MessagePage
 from service.clock import EPOCH
 from service.errors import (
     BodyTooLarge,
@@ -162,24 +161,18 @@ async def stream_lines(parts: AsyncIterator[list[dict[str, Any]]]) -> Response:
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Answer with JSON, without validation by a model, because stored values were checked when written."""
-    return Response(dumps(value), status, dict(headers or {}), "application/json")
+    return encoded_response(dumps(value), status, headers)
 
 
-def conversation_out(conversation: ConversationRecord) -> dict[str, Any]:
-    """Shape a conversation as ConversationOut."""
-    shaped = {name: getattr(conversation, name) for name in ConversationOut.model_fields}
-    if shaped["expires_at"] is None:
-        del shaped["expires_at"]
-    return shaped
+def encoded_response(encoded: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with what is JSON already."""
+    return Response(encoded, status, dict(headers or {}), "application/json")
 
 
-def conversation_page(page: ConversationPage) -> dict[str, Any]:
-    """Shape a page as ConversationPage."""
-    return {
-        "data": [conversation_out(each) for each in page.conversations],
-        "has_more": page.has_more,
-        "next": cursor(page.next) if page.next else None,
-    }
+def conversation_page(page: ConversationPage) -> bytes:
+    """Return the JSON of a page of conversations."""
+    following = cursor(page.next) if page.next else None
+    return _encoded_page([each.json for each in page.conversations], page.has_more, following)
 
 
 def message_page(page: MessagePage[Any], shown: list[dict[str, Any]]) -> dict[str, Any]:
@@ -189,8 +182,12 @@ def message_page(page: MessagePage[Any], shown: list[dict[str, Any]]) -> dict[st
 
 def encoded_page(page: MessagePage[bytes]) -> bytes:
     """Return the JSON of a page whose messages are JSON already."""
-    end = dumps({"has_more": page.has_more, "next": page.next})
-    return b'{"data":[' + b",".join(page.messages) + b"]," + end[1:]
+    return _encoded_page(page.messages, page.has_more, page.next)
+
+
+def _encoded_page(items: Sequence[bytes], has_more: bool, following: int | str | None) -> bytes:
+    end = dumps({"has_more": has_more, "next": following})
+    return b'{"data":[' + b",".join(items) + b"]," + end[1:]
 
 
 def cursor(position: ListPosition) -> str:

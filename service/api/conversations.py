@@ -55,7 +55,7 @@ async def create_conversation(request: Request, chat: Chat) -> Response:
     headers = {"Location": f"/conversations/{paths.encoded(conversation.id)}"} if created else {}
     if not created and not dependencies.may_read(request):
         return json_response({"id": conversation.id})
-    return json_response(bodies.conversation_out(conversation), 201 if created else 200, headers)
+    return bodies.encoded_response(conversation.json, 201 if created else 200, headers)
 
 
 @router.get(
@@ -79,7 +79,7 @@ async def list_conversations(
     if query.user_id is not None:
         dependencies.audit(request, query.user_id)
     page = await chat.list_conversations(query.user_id, limit=query.limit, after=after)
-    return json_response(bodies.conversation_page(page))
+    return bodies.encoded_response(bodies.conversation_page(page))
 
 
 @router.get(
@@ -99,7 +99,7 @@ async def get_conversation(
     conversation = await chat.get_conversation(conversation_id, owner.user_id)
     tag = conditional.conversation_tag(conversation)
     unchanged = conditional.not_modified(request, tag)
-    return unchanged or json_response(bodies.conversation_out(conversation), headers={"ETag": tag})
+    return unchanged or bodies.encoded_response(conversation.json, headers={"ETag": tag})
 
 
 @router.patch(
@@ -124,8 +124,9 @@ async def update_conversation(
         expires_at=body.expires_at if "expires_at" in given else UNSET,
         condition=conditional.condition(request),
     )
-    shown = bodies.conversation_out(changed) if dependencies.may_read(request) else {"id": changed.id}
-    return json_response(shown)
+    if not dependencies.may_read(request):
+        return json_response({"id": changed.id})
+    return bodies.encoded_response(changed.json)
 
 
 @router.delete(

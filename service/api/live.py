@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
 from service.access.authentication import Principal
-from service.api import bodies, dependencies
+from service.api import dependencies
 from service.api.bodies import NDJSON
 from service.api.dependencies import Chat
 from service.api.problems import error_responses
@@ -168,13 +168,12 @@ async def stream(
 def _encoded(event: LiveEvent, show: Callable[[Json], Json]) -> bytes:
     data = event.data
     if isinstance(data, ConversationRecord):
-        data = bodies.conversation_out(data)
-    elif event.kind in {"message", "updated"}:
-        data = show(data)
+        text = data.json
+    else:
+        text = dumps(show(data) if event.kind in {"message", "updated"} else data)
     position = f"id: {event.position}\n" if event.position is not None else ""
     # JSON has no line end of the standard outside of its strings, and none unescaped in them. Readers that
     # know more line ends than the standard (httpx's `iter_lines` does) would cut a text in two at these.
-    text = dumps(data)
     for line_end, escaped in _OTHER_LINE_ENDS:
         text = text.replace(line_end, escaped)
     return b"%bevent: %b\ndata: %b\n\n" % (position.encode(), event.kind.encode(), text)

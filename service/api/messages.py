@@ -106,7 +106,7 @@ async def get_chat_history(
     if accepted == NDJSON:
         return Response(b"".join(each + b"\n" for each in encoded.messages), media_type=NDJSON)
     headers = {"ETag": conditional.history_tag(encoded.version)}
-    return Response(bodies.encoded_page(encoded), 200, headers, "application/json")
+    return bodies.encoded_response(bodies.encoded_page(encoded), headers=headers)
 
 
 async def _encoded_page(

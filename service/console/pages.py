@@ -270,7 +270,7 @@ async def _as_lines(_: ConversationRecord, parts: AsyncIterator[list[Json]]) -> 
 
 
 async def _as_json(found: ConversationRecord, parts: AsyncIterator[list[Json]]) -> AsyncIterator[bytes]:
-    yield b'{"conversation":' + dumps(bodies.conversation_out(found)) + b',"messages":['
+    yield b'{"conversation":' + found.json + b',"messages":['
     comma = b""
     async for part in parts:
         for each in part:

@@ -13,6 +13,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pymongo.errors import DuplicateKeyError
 
@@ -25,7 +26,7 @@ from service.errors import (
 )
 from service.formats import bson_codec, strict_json
 from service.formats.strict_json import Json
-from service.history import conditions, records, seq_range
+from service.history import conditions, encoded_pages, ownership, records, seq_range
 from service.history.conditions import Condition
 from service.history.new_messages import PreparedBatch
 from service.history.records import ConversationState, Totals
@@ -55,6 +56,13 @@ class AppendResult:
         return sum(map(len, self.documents))
 
 
+class Inserted(NamedTuple):
+    """The conversation as a transaction leaves it, and the documents of each batch that it stored."""
+
+    of: ConversationState
+    batches: list[list[bytes]]
+
+
 async def append_alone(
     store: ConversationStore,
     ref: ConversationRef,
@@ -68,11 +76,11 @@ async def append_alone(
 
     There is one Transaction for all attempts, because it remembers whether one of them may have committed.
     """
-    pause_s = PAUSE_S
+    pause_s, generation = PAUSE_S, store.kept_pages.generation
     work = functools.partial(insert, store, ref, [batch], condition=condition)
     while True:  # until the deadline of the call
         try:
-            (documents,) = await store.run_exclusive(ref, work, transaction)
+            inserted = await store.run_exclusive(ref, work, transaction)
         except (DuplicateKeyError, Stale) as error:
             if isinstance(error, DuplicateKeyError) and is_broken_counter(error):
                 raise broken_counter(ref.key) from error
@@ -80,6 +88,8 @@ async def append_alone(
             # costs a replay one round trip more than a read outside of a transaction, and an append nothing.
             before = await store.read_committed(functools.partial(stored_before, store, ref, batch))
         else:
+            (documents,) = inserted.batches
+            await encoded_pages.keep_appended(store, inserted.of, documents, generation)
             return AppendResult(documents, replayed=False)
         if before is not None:
             # If the answer to a commit of this request was lost, this request stored them: no replay.
@@ -98,11 +108,11 @@ async def insert(
     transaction: Transaction,
     *,
     condition: Condition | None = None,
-) -> list[list[bytes]]:
+) -> Inserted:
     """Take the next seqs and insert the messages, inside a transaction that holds the conversation.
 
-    Returns the stored documents of each batch. A batch stands together: no other message is between its own.
-    Each message keeps the totals of all messages before it, from which `context` counts.
+    A batch stands together: no other message is between its own. Each message keeps the totals of all
+    messages before it, from which `context` counts.
     """
     messages = [message for batch in batches for message in batch.messages]
     count = len(messages)
@@ -127,7 +137,7 @@ async def insert(
     # just after it, both are, and a retry finds the ids.
     await store.database.insert(Message, documents, transaction.session)
     stored = iter(documents)
-    return [list(itertools.islice(stored, len(batch.messages))) for batch in batches]
+    return Inserted(of, [list(itertools.islice(stored, len(batch.messages))) for batch in batches])
 
 
 async def stored_before(
@@ -169,7 +179,7 @@ async def _require_none(
     ids = [message_document_id(of.key, each) for each in batch.ids]
     named = {"_id": {"$in": ids}, "conversation_id": of.key}
     others = await store.database.read(Message, named, session=transaction.session, fields=["user_id"])
-    if any(not records.owned_by(of.owner, each) for each in others):
+    if any(not ownership.owned_by(of.owner, each) for each in others):
         raise broken_counter(of.key)
     if others:
         raise IdempotencyConflict(

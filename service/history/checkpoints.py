@@ -26,7 +26,7 @@ from service.documents import Checkpoint
 from service.errors import CheckpointNotForward, CheckpointNotFound, InvalidRequest
 from service.formats import bson_codec, message_pieces
 from service.formats.strict_json import Json
-from service.history import records, seq_range
+from service.history import ownership, records, seq_range
 from service.history.records import ConversationState
 from service.history.seq_range import SeqRange
 from service.history.store import ConversationStore
@@ -144,7 +144,7 @@ async def newest(
         named["conversation_id"] = of.key
     session = transaction.session if transaction else None
     found = await store.database.read(Checkpoint, named, limit=1, session=session)
-    return shown(found[0]) if found and records.owned_by(of.owner, found[0]) else None
+    return shown(found[0]) if found and ownership.owned_by(of.owner, found[0]) else None
 
 
 async def listed(store: ConversationStore, ref: ConversationRef) -> list[Json]:
@@ -154,7 +154,7 @@ async def listed(store: ConversationStore, ref: ConversationRef) -> list[Json]:
         if not of.checkpoint_seq:
             return []
         found = await store.database.read(Checkpoint, {"conversation_id": of.key}, sort=_NEWEST_FIRST)
-    return [shown(each) for each in records.all_owned_by(of.owner, of.key, found)]
+    return [shown(each) for each in ownership.all_owned_by(of.owner, of.key, found)]
 
 
 def shown(raw: bytes) -> Json:

@@ -19,7 +19,15 @@ from service.documents import Conversation
 from service.errors import ConversationIdTaken, ConversationNotFound, IdempotencyConflict, InvalidRequest
 from service.formats import bson_codec
 from service.formats.strict_json import Json
-from service.history import appending, conditions, conversation_fields, deleting, group_commit, records
+from service.history import (
+    appending,
+    conditions,
+    conversation_fields,
+    deleting,
+    group_commit,
+    ownership,
+    records,
+)
 from service.history.appending import AppendResult
 from service.history.conditions import Condition
 from service.history.new_messages import PreparedBatch, checked_id, checked_title, digest
@@ -135,8 +143,8 @@ async def _create_with(
 
     async def insert(transaction: Transaction) -> list[bytes]:
         await new.insert(session=transaction.session)
-        (documents,) = await appending.insert(store, ref, [batch], transaction, condition=condition)
-        return documents
+        inserted = await appending.insert(store, ref, [batch], transaction, condition=condition)
+        return inserted.batches[0]
 
     try:
         return await store.run_exclusive(ref, insert, transaction)
@@ -254,7 +262,7 @@ async def _own_conversation(store: ConversationStore, wanted: Conversation) -> C
     changed since; the insert finds that out.
     """
     found = await store.database.read(Conversation, {"_id": wanted.id}, limit=1)
-    if not found or not records.owned_by(wanted.user_id, found[0]):
+    if not found or not ownership.owned_by(wanted.user_id, found[0]):
         return None
     return records.document(found[0])
 

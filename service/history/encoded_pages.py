@@ -60,6 +60,26 @@ async def read(
     return found, cut
 
 
+async def keep_appended(
+    store: ConversationStore, of: ConversationState, documents: list[bytes], generation: int
+) -> None:
+    """Keep what a transaction has appended and committed, if all that stood before it is kept.
+
+    `of` is the conversation as the transaction left it, and `generation` that of `KeptPages` before it began.
+    """
+
+    def before() -> Kept | None:
+        kept = store.kept_pages.find(of)
+        return kept if kept is not None and kept.high == of.last_seq - len(documents) else None
+
+    if before() is None:
+        return
+    encoded = await _encoded(documents)
+    # A large batch was encoded in a thread, while something else may have been kept.
+    if (kept := before()) is not None:
+        store.kept_pages.keep(of, kept.extended(kept.high, of.last_seq, encoded), generation)
+
+
 async def _read(
     store: ConversationStore,
     of: ConversationState,

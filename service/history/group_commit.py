@@ -20,7 +20,7 @@ from service.database.driver_errors import NO_ANSWER
 from service.documents import Message
 from service.errors import BatchTooLarge, ChatHistoryError, DatabaseUnavailable
 from service.formats import bson_codec
-from service.history import appending
+from service.history import appending, encoded_pages
 from service.history.appending import AppendResult
 from service.history.conditions import Condition
 from service.history.new_messages import PreparedBatch
@@ -170,15 +170,18 @@ async def _insert_all(
 ) -> list[list[bytes]] | DuplicateKeyError:
     """Return the stored documents of each batch, or the error for a message id that is stored already."""
     work = functools.partial(appending.insert, store, ref, [waiting.batch for waiting in group])
+    generation = store.kept_pages.generation
     async with store.deadline():  # of the group: no caller's own, which may be nearly over
         try:
-            return await store.run(work, transaction)
+            of, batches = await store.run(work, transaction)
         except DuplicateKeyError as error:
             if appending.is_broken_counter(error):
                 raise appending.broken_counter(ref.key) from error
             return error
         finally:
             store.doorbell.ring(ref.key)
+    await encoded_pages.keep_appended(store, of, [*itertools.chain.from_iterable(batches)], generation)
+    return batches
 
 
 async def _duplicates(

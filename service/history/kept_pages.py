@@ -1,8 +1,9 @@
-"""The messages that this process has read, encoded as JSON, so that a page is not read and encoded again.
+"""What this process has read, encoded as JSON, so that it is not read, or not encoded, again.
 
 A read finds the conversation in the database first, to know whose it is. Its `rewrites` grows with each
 change that is no append. So while it is the same, what is kept of the history is as it is stored, and only
-what was appended since must be read. That holds across processes. Three things bound what is kept:
+what was appended since must be read. That holds across processes. A conversation of a list is read again each
+time, and what was made of the same bytes before is answered. Three things bound what is kept:
 
 - It has at most `CHAT_CACHE_BYTES`; what was not read for the longest time goes first.
 - Nothing is kept for longer than KEPT_S, because an operator may change a message by hand in the shell, which
@@ -21,17 +22,16 @@ import contextvars
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from service import clock
 from service.documents import Erasure, ErasureReceipt
 from service.errors import ChatHistoryError
 from service.formats import bson_codec
 from service.history.records import ConversationState, EncodedMessage
-from service.tenancy import ConversationKey, OwnerKey
 
 if TYPE_CHECKING:
     from service.database import Database
@@ -43,8 +43,11 @@ _LOOK_S = 0.3
 _RECEIPTS_OF = timedelta(minutes=5)
 # One conversation may have this part of all.
 _SHARE = 8
-# About what a message takes in memory beside its JSON.
+# About what a message takes in memory beside its JSON, and a conversation beside its document.
 _OVERHEAD_BYTES = 150
+_LISTED_OVERHEAD_BYTES = 2_000
+K = TypeVar("K", bound=str)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,23 @@ def _size(messages: Sequence[EncodedMessage]) -> int:
     return sum(map(_size_of, messages))
 
 
+@dataclass(frozen=True)
+class KeptListed:
+    """What was made of the document of a conversation, which stands for nothing but these bytes."""
+
+    made: Any
+    size: int
+    since: float = field(default_factory=time.monotonic)
+
+
 class KeptPages:
-    """What one process keeps of the histories that it has read, up to a size in bytes; 0 keeps nothing."""
+    """What one process keeps of what it has read, up to a size in bytes; 0 keeps nothing."""
 
     def __init__(self, database: Database, bytes_max: int) -> None:
         self._database = database
         self._bytes_max = bytes_max
         self._size = 0
-        self._kept: OrderedDict[tuple[ConversationKey, OwnerKey], Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str | bytes], Kept | KeptListed] = OrderedDict()
         self._looking: asyncio.Task[None] | None = None
         self._receipts: set[str] = set()
         # How often everything was dropped. What was read before is not kept after.
@@ -115,7 +127,7 @@ class KeptPages:
     def find(self, of: ConversationState) -> Kept | None:
         """Return what is kept of a history, as it is stored now, or None."""
         found = self._kept.get((of.key, of.owner))
-        if found is None:
+        if not isinstance(found, Kept):
             return None
         if found.rewrites != of.rewrites or _is_old(found):
             self._drop((of.key, of.owner))
@@ -123,15 +135,31 @@ class KeptPages:
         self._kept.move_to_end((of.key, of.owner))
         return found
 
+    def listed(self, order: K, raw: bytes, make: Callable[[bytes, K], T], generation: int) -> T:
+        """Return what `make` makes of a document in a list of this order: made before, if it is kept."""
+        found = self._kept.get((order, raw))
+        if isinstance(found, KeptListed):
+            self._kept.move_to_end((order, raw))
+            made: T = found.made
+            return made
+        made = make(raw, order)
+        # Its document, the same fields decoded, and their JSON.
+        self._add((order, raw), KeptListed(made, 3 * len(raw) + _LISTED_OVERHEAD_BYTES), generation)
+        return made
+
     def keep(self, of: ConversationState, kept: Kept | None, generation: int) -> None:
         """Keep what was read of a history, unless everything was dropped since the read began."""
         if kept is None or generation != self.generation or not self._bytes_max:
             return
         self._drop((of.key, of.owner))
         kept = kept.cut_to(self._bytes_max // _SHARE)
-        if not kept.messages:
+        if kept.messages:
+            self._add((of.key, of.owner), kept, generation)
+
+    def _add(self, name: tuple[str, str | bytes], kept: Kept | KeptListed, generation: int) -> None:
+        if generation != self.generation or kept.size > self._bytes_max // _SHARE:
             return
-        self._kept[of.key, of.owner] = kept
+        self._kept[name] = kept
         self._size += kept.size
         while self._size > self._bytes_max:
             self._drop(next(iter(self._kept)))
@@ -151,8 +179,8 @@ class KeptPages:
         if self._looking is not None:
             self._looking.cancel()
 
-    def _drop(self, of: tuple[ConversationKey, OwnerKey]) -> None:
-        if (dropped := self._kept.pop(of, None)) is not None:
+    def _drop(self, name: tuple[str, str | bytes]) -> None:
+        if (dropped := self._kept.pop(name, None)) is not None:
             self._size -= dropped.size
 
     async def _look(self) -> None:
@@ -160,8 +188,8 @@ class KeptPages:
         try:
             while self._kept:
                 await asyncio.sleep(_LOOK_S)
-                for of in [each for each, kept in self._kept.items() if _is_old(kept)]:
-                    self._drop(of)
+                for name in [each for each, kept in self._kept.items() if _is_old(kept)]:
+                    self._drop(name)
                 if await self._was_erased():
                     self.drop_all()
         finally:
@@ -184,5 +212,5 @@ class KeptPages:
         return bool(going_on) or not self._receipts <= before
 
 
-def _is_old(kept: Kept) -> bool:
+def _is_old(kept: Kept | KeptListed) -> bool:
     return time.monotonic() - kept.since > KEPT_S

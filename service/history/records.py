@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import bson
@@ -20,9 +21,6 @@ from service.tenancy import ConversationKey, OwnerKey, local_id, message_documen
 
 _VERIFY = "`chat-history verify` names it. An operator must correct or remove it."
 _MALFORMED_CONVERSATION = f"The stored conversation is not well formed. {_VERIFY}"
-# The BSON type of a string, and the beginning of an element `_id` that is one.
-_BSON_STRING = 2
-_ID_ELEMENT = b"\x02_id\0"
 _PRINTED_CHARS = 200
 
 
@@ -42,6 +40,14 @@ class ConversationRecord:
     version: int
     edits: int
     expires_at: datetime | None
+
+    @cached_property
+    def json(self) -> bytes:
+        """The conversation as the API answers it, encoded once. Raises MalformedDocument."""
+        shown = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "edits"}
+        if self.expires_at is None:
+            del shown["expires_at"]
+        return json_answers.dumps(shown)
 
 
 # The fields of a conversation that a call on its messages reads, beside the `_id`. The title and the
@@ -303,43 +309,6 @@ def replaced(raw: bytes, fields: bytes, now: datetime) -> bytes:
     revision = before["revision"] + 1 if was_replaced(before) else 1
     service = bson.encode({**kept, "revision": revision, "updated_at": now})
     return bson_codec.concat_documents(service, fields)
-
-
-def owned_by(owner: str, raw: bytes) -> bool:
-    """Tell whether a stored message says that it is this user's, without decoding the rest of it.
-
-    Only the service's own field counts: a caller may have written a field of the same name, or the same
-    bytes, into a message.
-    """
-    at = 4
-    while raw[at] == _BSON_STRING:  # as are all fields that the service writes before this one
-        end = raw.index(0, at)
-        size = int.from_bytes(raw[end + 1 : end + 5], "little")
-        if raw[at + 1 : end] == b"user_id":
-            return raw[end + 5 : end + 4 + size] == owner.encode()
-        at = end + 5 + size
-    # Somebody made it by hand, in another order.
-    return bson_codec.decode_anything(raw).get("user_id") == owner
-
-
-def all_owned_by(owner: str, key: ConversationKey, documents: Sequence[bytes]) -> list[bytes]:
-    """Return those of a conversation's stored messages that say that they are this user's.
-
-    The service writes `_id`, `conversation_id` and `user_id` first. So all messages of one conversation have
-    the same bytes behind the `_id`, and to compare these costs less than to look for the field in each.
-    """
-    expected = bson.encode({"conversation_id": key, "user_id": owner})[4:-1]
-    size = 4 + len(_ID_ELEMENT)  # where the length of the `_id` stands, in four bytes
-    text = size + 4
-    return [
-        raw
-        for raw in documents
-        if (
-            raw.startswith(_ID_ELEMENT, 4)
-            and raw.startswith(expected, text + int.from_bytes(raw[size:text], "little"))
-        )
-        or owned_by(owner, raw)
-    ]
 
 
 def printable_id(value: Any) -> str:

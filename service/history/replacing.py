@@ -302,5 +302,5 @@ async def _carry_out(
         await checkpoints.drop_from(store, ref, of, min(changed), transaction)
     new: list[bytes] = []
     if plan.new:
-        (new,) = await appending.insert(store, ref, [PreparedBatch(plan.new, None)], transaction)
+        (new,) = (await appending.insert(store, ref, [PreparedBatch(plan.new, None)], transaction)).batches
     return [*plan.kept, *new]

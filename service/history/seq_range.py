@@ -16,7 +16,7 @@ from service.documents import Message
 from service.formats import bson_codec
 from service.formats.openai_items import Role
 from service.formats.strict_json import Json
-from service.history import records
+from service.history import ownership, records
 from service.history.records import ConversationState
 from service.history.store import ConversationStore
 from service.settings import WINDOW_SEQS_MAX
@@ -115,7 +115,7 @@ async def read(
         # The owner is not in the filter, because with one more field this engine reads the whole conversation
         # (10 ms become 460 of 5,000 messages). A seq is unique, so up to `last_seq` all are the owner's,
         # unless somebody changed one by hand.
-        own = read_now if part.owner is None else records.all_owned_by(part.owner, part.key, read_now)
+        own = read_now if part.owner is None else ownership.all_owned_by(part.owner, part.key, read_now)
         found += own
         end = window.low if backwards else window.high
         if len(own) < left == len(read_now):
@@ -164,7 +164,7 @@ async def find_stored(
         named |= {"conversation_id": of.key, "user_id": of.owner}
     session = transaction.session if transaction else None
     found = await store.database.read(Message, named, limit=1, session=session)
-    return found[0] if found and records.owned_by(of.owner, found[0]) else None
+    return found[0] if found and ownership.owned_by(of.owner, found[0]) else None
 
 
 async def has_message(

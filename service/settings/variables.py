@@ -230,7 +230,7 @@ class Settings(BaseSettings):
         32 * 1024 * 1024,
         description="The most bytes of a page. A page that would be larger ends early, with `has_more`.",
     )
-    cache_bytes: int = Field(2**25, ge=0, le=2**40, description="The most bytes of messages kept in memory.")
+    cache_bytes: int = Field(2**25, ge=0, le=2**40, description="The most bytes of data kept in memory.")
     batch_items_max: int = Field(1_000, ge=1, le=1_000, description="The most messages of one append.")
 
     metrics: bool = Field(False, description="Serve `/metrics` for Prometheus.")

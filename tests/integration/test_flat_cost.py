@@ -137,8 +137,12 @@ async def test_a_page_costs_the_same_in_a_conversation_of_100000_messages_as_in_
 
 
 async def test_a_page_that_was_read_before_costs_one_command(counted: Any) -> None:
-    """The conversation is read, which tells that nothing has changed, and what was appended, if anything."""
-    chat, commands, _ = counted
+    """The conversation is read, which tells that nothing has changed but what this process has appended.
+
+    What another process has appended is read.
+    """
+    chat, commands, database = counted
+    other = ChatService(ConversationStore(database, Settings()), TenantScope())
     made, _ = await chat.get_or_create_conversation("ada")
     messages = [{"role": "user", "content": f"{n}"} for n in range(80)]
     await chat.add_messages(made.id, messages)
@@ -153,9 +157,14 @@ async def test_a_page_that_was_read_before_costs_one_command(counted: Any) -> No
     assert await newest() == (cold, ["conversations"])
     (new,) = (await chat.add_message(made.id, {"role": "user", "content": "new"})).messages
     warm, read = await newest()
+    assert (warm[:-1], read) == (cold[1:], ["conversations"])
+    assert b'"content":"new"' in warm[-1]
+    cold = warm
+    (new,) = (await other.add_message(made.id, {"role": "user", "content": "newer"})).messages
+    warm, read = await newest()
     # The second look tells that nothing was deleted or replaced while the new message was read.
     assert (warm[:-1], read) == (cold[1:], ["conversations", "messages", "conversations"])
-    assert b'"content":"new"' in warm[-1]
+    assert b'"content":"newer"' in warm[-1]
     assert commands.sent[1]["filter"]["seq"] == {"$gt": new["seq"] - 1, "$lte": new["seq"]}
     assert await newest() == (warm, ["conversations"])
     await chat.delete_message(made.id, new["id"])

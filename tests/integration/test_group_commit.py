@@ -18,7 +18,7 @@ from service.history.new_messages import PreparedBatch
 from service.history.store import ConversationStore
 from service.settings import Settings
 from service.tenancy import ConversationRef, TenantScope
-from tests.harness import Service, new_id
+from tests.harness import Service, new_id, until_ready
 from tests.integration.test_flat_cost import Commands
 from tests.mongo_proxy import TIMED_OUT, MongoProxy, mongo_proxied
 
@@ -71,6 +71,7 @@ async def opened(url: str, commands: Commands | None = None, **settings: Any) ->
         monitoring.register(commands)
     database = Database(Settings(_env_file=None, mongodb_url=url, **settings))
     await database.open()
+    await until_ready(database)
     if commands is not None:
         monitoring._LISTENERS.command_listeners.remove(commands)
         commands.sent.clear()
@@ -202,7 +203,7 @@ async def test_a_group_whose_transaction_is_too_large_is_stored_one_by_one(
         batches: list[PreparedBatch],
         transaction: Transaction,
         **condition: Any,
-    ) -> list[list[bytes]]:
+    ) -> appending.Inserted:
         if len(batches) > 1:
             raise BatchTooLarge("Too large.")
         return await original(store, ref, batches, transaction, **condition)

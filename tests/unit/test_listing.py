@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from service import clock
 from service.clock import EPOCH
 from service.errors import InvalidRequest
+from service.formats import bson_codec
 from service.history import listing
 from service.history.listing import ConversationPage, ListPosition
 from service.history.store import ConversationStore
@@ -120,7 +121,7 @@ async def test_a_list_that_was_short_is_read_with_one_query_until_it_is_long() -
     assert (await read(4))[1] > 1  # this page would be cut
     assert (await read(50))[1] > 1  # and nothing is remembered any more
     database.documents += [conversation(f"d{n}", updated_at=START - n * MS) for n in range(500)]
-    assert await read(5) == (5, 1)
+    assert (await read(5))[1] > 2  # it has grown, and its newest ones are looked for
     assert (await read(5))[1] > 1
     assert (await read(50))[1] > 1
 
@@ -174,3 +175,31 @@ async def test_a_page_has_1_to_1000_conversations(limit: int) -> None:
     with pytest.raises(InvalidRequest) as caught:
         await page(store, limit)
     assert caught.value.faults[0].path == "$.limit"
+
+
+async def test_a_conversation_is_made_again_only_if_its_document_has_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored = [conversation(f"c{n}", updated_at=START - n * MS) for n in range(5)]
+    store, _ = fake_store(stored)
+    made: list[str] = []
+
+    def listed(raw: bytes, order: listing.Order) -> Any:
+        made.append(bson_codec.decode(raw)["_id"])
+        return of_bytes(raw, order)
+
+    of_bytes = listing._listed
+    monkeypatch.setattr(listing, "_listed", listed)
+    first = await page(store)
+    again = await page(store)
+    assert again == first
+    assert [each.json for each in again.conversations] == [each.json for each in first.conversations]
+    assert made == ["c0", "c1", "c2", "c3", "c4"]
+    stored[3]["title"] = "by hand"
+    assert [each.title for each in (await page(store)).conversations] == [None, None, None, "by hand", None]
+    assert made[5:] == ["c3"]
+    # Its place is another in the list of an earlier version, so it is made for that.
+    monkeypatch.setattr(ConversationStore, "lists_by_update", True)
+    assert len((await page(store)).conversations) == 5
+    assert len(made) == 11
+    await store.close()

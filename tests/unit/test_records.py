@@ -16,7 +16,8 @@ from service.documents import Conversation
 from service.errors import MalformedDocument
 from service.formats import bson_codec
 from service.history import records, written_types
-from service.history.records import ConversationRecord, ConversationState, Totals, all_owned_by, owned_by
+from service.history.ownership import all_owned_by, owned_by
+from service.history.records import ConversationRecord, ConversationState, Totals
 from service.tenancy import ConversationKey, OwnerKey
 from tests import strategies
 from tests.unit.fake_store import KEY, OWNER, START, Json, conversation, encoded, message
