@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import bson
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from service.documents import Conversation
 from service.errors import MalformedDocument
 from service.formats import bson_codec
+from service.formats.json_answers import timestamp
 from service.history import records, written_types
 from service.history.ownership import all_owned_by, owned_by
 from service.history.records import ConversationRecord, ConversationState, Totals
@@ -174,6 +176,20 @@ def test_any_message_is_shown_with_the_services_fields_first(
     assert all_owned_by(of.owner, of.key, [raw]) == [raw]
     assert not owned_by("bob", raw)
     assert all_owned_by("bob", of.key, [raw]) == []
+
+
+def test_many_messages_are_decoded_as_each_is_by_itself() -> None:
+    """Also those that are more than is decoded at once, with objects that look like references among them."""
+    contents: list[Any] = ["x" * size for size in (10, 30_000, 30_000, 30_000, 200_000, 5)]
+    contents[3:3] = [{"$ref": "a", "$id": 1}, {"$id": 1, "$ref": "a"}]
+    documents = [encoded(message(seq, content=content)) for seq, content in enumerate(contents, 1)]
+    together = records.encoded(documents)
+    assert together == [records.encoded([each])[0] for each in documents]
+    assert records.messages(documents) == [records.message(each) for each in documents]
+    assert [orjson.loads(each.json) for each in together] == [
+        {**records.message(each), "created_at": timestamp(START)} for each in documents
+    ]
+    assert records.encoded([]) == []
 
 
 def test_many_messages_are_shown_as_each_by_itself() -> None:
