@@ -27,7 +27,7 @@ from service.formats.strict_json import Json
 from service.history import records, written_types
 from service.history.records import ConversationRecord
 from service.history.store import ConversationStore
-from service.tenancy import OWNER_WHILE_DELETED, OwnerKey, TenantScope, local_id, tenant_of
+from service.tenancy import OWNER_WHILE_DELETED, OwnerKey, TenantScope, escaped, local_id, tenant_of
 
 log = structlog.get_logger(__name__)
 
@@ -191,7 +191,7 @@ async def _whole(store: ConversationStore, owner: OwnerKey, order: Order, limit:
     found = await _read(store, {"user_id": owner}, order, limit + 1, budget, in_order=False)
     if len(found) > limit or budget.spent:
         return None
-    return sorted(found, key=lambda each: (EPOCH - each.place.time, each.place.conversation_id))
+    return sorted(found, key=lambda each: (EPOCH - each.place.time, escaped(each.place.conversation_id)))
 
 
 def _queries(

@@ -126,6 +126,17 @@ async def test_a_list_that_was_short_is_read_with_one_query_until_it_is_long() -
     assert (await read(50))[1] > 1
 
 
+async def test_a_short_list_is_in_the_order_of_a_long_one() -> None:
+    """Also where only the keys tell conversations apart, which are escaped, and one has no time."""
+    keys = ["a%2Fb", "a.b", "a%25", "a", "ü", "\U0001f600", "\ufb01"]
+    stored = [conversation(each) for each in keys] + [conversation("none", active_at=None)]
+    store, _ = fake_store(stored, embedded=True)
+    (long,) = await pages(store, 50)
+    assert store.list_lengths
+    assert await pages(store, 50) == [long]
+    assert long == ["a", "a%", "a/b", "a.b", "ü", "\ufb01", "\U0001f600", "none"]
+
+
 @engines
 async def test_a_page_is_cut_by_its_size_and_goes_on_from_there(embedded: bool) -> None:
     stored = [conversation(f"c{n}", title="x" * 100, updated_at=START - n * MS) for n in range(5)]
