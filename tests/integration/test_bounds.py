@@ -32,6 +32,16 @@ PAGE_BYTES = 100_000  # of the service `small`
 
 
 @pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service of this module's own, with an engine that no other test shares: what is stored here is large.
+
+    It has time for that also on a busy machine.
+    """
+    with running(tmp_path_factory.mktemp("bounds"), database_timeout_ms=30_000) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service whose pages are small, so that little is needed to be beyond one."""
     with running(tmp_path_factory.mktemp("small"), page_bytes_max=PAGE_BYTES) as service:

@@ -69,8 +69,9 @@ def test_metrics_count_requests_by_route_round_trips_appends_replays_and_restart
     assert grown("chat_messages_appended_total") == 2
     assert grown("chat_replays_total") == 1
     assert grown("chat_engine_restarts_total") == 1
-    # The append's, and that of the transaction in which the replay is told from a conflict.
-    assert grown("chat_database_seconds_count", command="commitTransaction") == 2
+    # The append's, and that of the transaction in which the replay is told from a conflict. The maintenance,
+    # which begins beside them, has one of its own.
+    assert grown("chat_database_seconds_count", command="commitTransaction") in {2, 3}
     assert grown("chat_database_seconds_count", command="find") >= 4
     assert conversation not in after
     assert SECRET not in after
