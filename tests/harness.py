@@ -29,6 +29,9 @@ START_TIMEOUT_S = 60.0
 # Without the system's certificates, because the service speaks plain HTTP, and a client that reads them
 # computes for 40 ms.
 _OPTIONS: dict[str, Any] = {"timeout": 60, "verify": False}
+# So long a client keeps a connection that it does not use. The service ends one after five seconds, and httpx
+# keeps one as long by default, so a request could be sent on a connection that is being closed.
+_KEPT_ALIVE_S = 2.0
 
 
 def free_port() -> int:
@@ -163,10 +166,11 @@ class Service:
             time.sleep(0.05)
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, **{**_OPTIONS, **options})
+        limits = httpx.Limits(keepalive_expiry=_KEPT_ALIVE_S)
+        return httpx.Client(base_url=self.url, limits=limits, **{**_OPTIONS, **options})
 
     def async_client(self, **options: Any) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=None)
+        limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEPT_ALIVE_S)
         return httpx.AsyncClient(base_url=self.url, limits=limits, **{**_OPTIONS, **options})
 
     def stop(self, timeout_s: float = 30) -> int:

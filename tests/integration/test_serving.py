@@ -156,15 +156,17 @@ def requests(service: Service) -> Iterator[dict[str, Any]]:
 
 def test_a_health_check_is_logged_only_where_it_fails_or_debug_is_asked_for(tmp_path: Path) -> None:
     with running(tmp_path) as service, service.client() as client:
+        started = len(list(requests(service)))  # on a busy machine it was asked before it was ready
         for path in ("/health/live", "/health/ready", "/health/nothing", "/conversations?user_id=a"):
             client.get(path)
-        assert {each["route"] for each in requests(service)} == {"(none)", "/conversations"}
+        assert {each["route"] for each in [*requests(service)][started:]} == {"(none)", "/conversations"}
         os.kill(service.engine_pid(), signal.SIGSTOP)
         try:
-            assert client.get("/health/ready").status_code == 503
+            service.wait_until("/health/ready", status=503)
         finally:
             os.kill(service.engine_pid(), signal.SIGCONT)
-        assert [each["status"] for each in requests(service) if each["route"] == "/health/ready"] == [503]
+        statuses = [each["status"] for each in requests(service) if each["route"] == "/health/ready"]
+        assert set(statuses) == {503}
     service.log.unlink()
     (tmp_path / "debug").mkdir()
     with running(tmp_path / "debug", log_level="debug") as service:
