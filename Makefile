@@ -8,10 +8,10 @@ BIN := .venv/bin
 PYTHON ?= $(shell for each in python3.13 python3.12 python3.11 python3.14 python3; do \
 	$$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& { echo $$each; break; }; done)
-# uv installs in a tenth of the time of pip. Both show what they do, and take their versions from constraints.txt.
 # Compiled Python is kept, also where the environment says otherwise: without it each start of the service takes
 # two to three times as long, and the tests start hundreds.
 export PYTHONDONTWRITEBYTECODE :=
+# uv installs in a tenth of the time of pip. Both show what they do, and take their versions from constraints.txt.
 UV ?= $(shell command -v uv)
 ifeq ($(UV),)
 VENV = $(PYTHON) -m venv

@@ -12,7 +12,8 @@ from service.errors import MalformedDocument
 
 def timestamp(time: datetime) -> str:
     """Format a time, which is always UTC in this service, by RFC 3339 with milliseconds."""
-    return time.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
+    naive = time if time.tzinfo is None else time.replace(tzinfo=None)
+    return naive.isoformat(timespec="milliseconds") + "Z"
 
 
 def dumps(value: Any) -> bytes:

@@ -1,4 +1,4 @@
-"""Reading a page as JSON, without reading or encoding again what this process has kept (`kept_pages`)."""
+"""Pages as JSON, without reading or encoding again what this process has read or appended (`kept_pages`)."""
 
 from __future__ import annotations
 

@@ -93,14 +93,14 @@ async def page(
     limit = store.page_items(limit)
     owner, order = scope.owner_key(user_id), _order(store)
     budget = Budget(store.settings.page_bytes_max)
-    found: list[_Listed] = []
     async with store.deadline():
-        whole = await _whole(store, owner, order, limit) if after is None else None
-        for query in _queries(store, scope, owner, order, after) if whole is None else ():
-            found += await _read(store, query, order, limit + 1 - len(found), budget)
-            if len(found) > limit or budget.spent:
-                break
-    found = found if whole is None else whole
+        found = await _whole(store, owner, order, limit) if after is None else None
+        if found is None:
+            found = []
+            for query in _queries(store, scope, owner, order, after):
+                found += await _read(store, query, order, limit + 1 - len(found), budget)
+                if len(found) > limit or budget.spent:
+                    break
     if after is None:
         ended = len(found) <= limit and not budget.spent
         _remember_length(store, owner, len(found), all_of_it=ended)

@@ -214,3 +214,18 @@ async def test_a_conversation_is_made_again_only_if_its_document_has_changed(
     assert len((await page(store)).conversations) == 5
     assert len(made) == 11
     await store.close()
+
+
+async def test_a_list_that_was_read_before_an_erasure_ended_is_not_kept_after_it() -> None:
+    store, database = fake_store([conversation()])
+    read = database.read
+
+    async def while_somebody_is_erased(*query: Any, **options: Any) -> list[bytes]:
+        found = await read(*query, **options)
+        store.kept_pages.drop_all()
+        return found
+
+    database.read = while_somebody_is_erased  # type: ignore[method-assign]
+    assert len((await page(store)).conversations) == 1
+    assert not store.kept_pages._kept
+    await store.close()
