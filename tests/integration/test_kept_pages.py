@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -165,6 +166,33 @@ async def test_nothing_of_an_erased_user_is_kept_by_any_process_a_second_later(s
         for store in (one, other):
             assert user not in str(store.kept_pages._kept)
         assert (await chats[1].get_encoded_history(talks[stays])).messages
+
+
+async def test_an_append_joins_what_is_kept_only_if_nothing_happened_elsewhere_in_between(
+    service: Service,
+) -> None:
+    async with store_on(service.database_url) as store:
+        other = ConversationStore(store.database, store.settings)
+        chat, elsewhere = (ChatService(each, TenantScope()) for each in (store, other))
+        name = new_id()
+        await chat.get_or_create_conversation("ada", name)
+
+        async def add(to: ChatService, content: str) -> str:
+            (stored,) = (await to.add_message(name, {"role": "user", "content": content})).messages
+            return str(stored["id"])
+
+        async def shown() -> list[str]:
+            return [json.loads(each)["content"] for each in (await chat.get_encoded_history(name)).messages]
+
+        first = await add(chat, "a")
+        assert await shown() == ["a"]
+        await add(elsewhere, "b")
+        await add(chat, "c")
+        assert await shown() == ["a", "b", "c"]
+        await elsewhere.delete_message(name, first)
+        await add(chat, "d")
+        assert await shown() == ["b", "c", "d"]
+        await other.close()
 
 
 def test_without_a_cache_nothing_is_kept(service: Service, tmp_path: Path) -> None:
